@@ -1,0 +1,43 @@
+"""How many tokens an image or a clip takes in the sequence: pure arithmetic on sides and frames."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+#: Pixels along one side of a latent cell of the Wan 2.1 VAE.
+SPATIAL_COMPRESSION = 8
+#: Frames that one latent frame after the first covers, in the same VAE.
+TEMPORAL_COMPRESSION = 4
+
+TokenLayout = Literal["spatial", "channel"]
+
+
+def latent_frames(frames: int) -> int:
+    """Returns the latent frames of a clip of 1 + 4k frames, which are 1 + k.
+
+    Raises:
+        ValueError: If `frames` is not 1 + 4k.
+    """
+    if frames < 1 or (frames - 1) % TEMPORAL_COMPRESSION:
+        raise ValueError(f"a clip needs 1 + {TEMPORAL_COMPRESSION}k frames, got {frames}")
+    return 1 + (frames - 1) // TEMPORAL_COMPRESSION
+
+
+def latent_cells(resolution: int) -> int:
+    """Returns the latent cells of a square frame with `resolution` pixels a side."""
+    return (resolution // SPATIAL_COMPRESSION) ** 2
+
+
+def world_tokens_per_frame(layout: TokenLayout, resolution: int, channels: int) -> int:
+    """Returns the `<world>` tokens of one latent frame: one per cell (`spatial`) or one per channel (`channel`)."""
+    return latent_cells(resolution) if layout == "spatial" else channels
+
+
+def world_features(layout: TokenLayout, resolution: int, channels: int) -> int:
+    """Returns the features of one world token: the channels of a cell (`spatial`) or the cells of a channel."""
+    return channels if layout == "spatial" else latent_cells(resolution)
+
+
+def world_tokens(layout: TokenLayout, resolution: int, channels: int, frames: int) -> int:
+    """Returns the `<world>` tokens of an image (`frames=1`) or clip, brackets not counted."""
+    return latent_frames(frames) * world_tokens_per_frame(layout, resolution, channels)

@@ -1,0 +1,538 @@
+"""Composition: from a run config to the objects of a run; the only module that knows them all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from theworld_train.accounting.ledger import ParameterLedger, lines
+from theworld_train.config import dump_config, parse_run_config
+from theworld_train.config.components import Component
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import RunConfig
+from theworld_train.data import (
+    Collator,
+    EvaluationBatch,
+    Source,
+    TrainingOrder,
+    Window,
+    accumulation_steps,
+    check_budget,
+    evaluation_batches,
+    open_source,
+    training_batches,
+)
+from theworld_train.model import TheWorld, TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld_train.model.build import build_on_meta, describe_architecture
+from theworld_train.train.checkpoint import (
+    Base,
+    CheckpointWriter,
+    checkpoints,
+    resolve_checkpoint,
+    restore_random_state,
+)
+from theworld_train.train.freeze import apply_trainable
+from theworld_train.train.groups import build_optimizer
+from theworld_train.train.handoff import Inheritance, base_digests, inherit
+from theworld_train.train.ledger import build_ledger, check_expectation, trainable_components
+from theworld_train.train.metrics import MetricsFile, ProgressDisplay, read_metrics
+from theworld_train.train.runtime import Runtime
+from theworld_train.train.stage import StageModule
+from theworld_train.train.trainer import Trainer, TrainingResult
+
+METRICS_FILE = "metrics.jsonl"
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+
+
+# -- inputs, checked before any model loads -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, opened and checked.
+
+    Attributes:
+        processor: Turns conversations into tokens and pixels.
+        train: Training samples.
+        held_out: Held-out samples, if there are any.
+        max_length: Tokens that a sample may have.
+    """
+
+    processor: TheWorldProcessor
+    train: Source
+    held_out: Source | None
+    max_length: int
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Opens data and processor and checks every row and the sequence budget; no weights are read.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    train = open_source(config.data.train)
+    held_out = None if config.data.eval is None else open_source(config.data.eval)
+    problems = [*train.check(), *([] if held_out is None else held_out.check())]
+    if problems:
+        raise ConfigError(problems)
+    processor = open_processor(config)
+    max_length = config.data.max_sequence_length or _context_length(config)
+    smallest = processor.num_visual_tokens()
+    if max_length <= smallest:
+        raise ConfigError(
+            Problem(
+                f"too small for a single image, which takes {smallest} tokens at a world resolution of "
+                f"{config.model.world.resolution}",
+                key="data.max_sequence_length",
+                value=max_length,
+                hint="raise it, or lower model.world.resolution",
+            )
+        )
+    for source in (train, held_out):
+        if source is not None and (problems := check_budget(source, Collator(processor, max_length))):
+            raise ConfigError(problems)
+    return Inputs(processor, train, held_out, max_length)
+
+
+def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldProcessor:
+    """Returns the processor of a run, made from the base's tokenizer and image processor."""
+    world = config.model.world
+    try:
+        processor: TheWorldProcessor = TheWorldProcessor.from_pretrained(
+            config.model.base,
+            revision=config.model.revision or "main",
+            enable_world=world.enabled and enable_world,
+            world_resolution=world.resolution,
+            world_resize=world.resize,
+            world_tokens=world.tokens,
+        )
+    except (OSError, ValueError) as error:  # the hub refuses a name that is no repository with a ValueError
+        raise ConfigError(
+            Problem(f"cannot read tokenizer and processor: {error}", key="model.base", value=config.model.base)
+        ) from error
+    return processor
+
+
+def _context_length(config: RunConfig) -> int:
+    from transformers import AutoConfig
+
+    base = AutoConfig.from_pretrained(config.model.base, revision=config.model.revision or "main")
+    return int(base.get_text_config().max_position_embeddings)
+
+
+def max_steps(config: RunConfig, samples: int) -> int:
+    """Returns the optimizer steps of a run; `epochs` is rounded up to whole steps."""
+    training = config.training
+    if training.max_steps is not None:
+        return training.max_steps
+    assert training.epochs is not None
+    return math.ceil(training.epochs * samples / training.global_batch_size)
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in the state that a run starts from.
+
+    Attributes:
+        model: The model, frozen and trainable parts set.
+        base: Where language and vision weights come from.
+        encoder: Where the world encoder comes from.
+        digests: Digest of each component as its base holds it.
+        inheritance: What came from a checkpoint.
+    """
+
+    model: TheWorldForConditionalGeneration
+    base: Base
+    encoder: Base | None
+    digests: dict[str, str]
+    inheritance: Inheritance
+
+
+def load_model(
+    config: RunConfig, trainable: tuple[Component, ...], checkpoint: Path | None = None, *, resume: bool = False
+) -> LoadedModel:
+    """Loads the bases in their own dtypes, sets what trains, and copies a checkpoint's components.
+
+    Args:
+        config: The run config.
+        trainable: Components that train; none for evaluation.
+        checkpoint: A sealed checkpoint, or None to start from the bases.
+        resume: Whether the run that wrote the checkpoint is continued.
+    """
+    world = config.model.world
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)
+    model = TheWorld.from_pretrained(
+        config.model.base,
+        revision=config.model.revision or "main",
+        enable_world=world.enabled,
+        cosmos=world.encoder,
+        cosmos_revision=world.encoder_revision,
+        attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
+        projection=world.projection,
+        tokens=world.tokens,
+        resolution=world.resolution,
+        resize=world.resize,
+        max_world_steps=world.max_world_steps,
+        dtype="auto",
+    )
+    base = _base(config.model.base, config.model.revision)
+    encoder = _base(world.encoder, world.encoder_revision) if world.enabled else None
+    digests = base_digests(model)
+    apply_trainable(model, trainable, config.precision, getattr(torch, world.encoder_dtype))
+    inheritance = Inheritance()
+    if checkpoint is not None:
+        inheritance = inherit(
+            model, checkpoint, base=base, encoder=encoder, digests=digests, resume=resume, trainable=trainable
+        )
+    return LoadedModel(model, base, encoder, digests, inheritance)
+
+
+def _base(source: str, revision: str | None) -> Base:
+    """Names a base: a directory by its absolute path, so that a checkpoint finds it from anywhere."""
+    return Base(str(Path(source).resolve()), None) if Path(source).is_dir() else Base(source, revision)
+
+
+def ledger_of(config: RunConfig) -> ParameterLedger:
+    """Returns the ledger of a run from shapes alone; for the built-in architectures not even a file is read."""
+    world = config.model.world
+    shell = build_on_meta(
+        describe_architecture(
+            config.model.base,
+            config.model.revision,
+            world.encoder,
+            world.encoder_revision,
+            enable_world=world.enabled,
+            world_projection=world.projection,
+            world_tokens=world.tokens,
+            world_resolution=world.resolution,
+            max_world_steps=world.max_world_steps,
+        )
+    )
+    apply_trainable(shell, trainable_components(config), config.precision, getattr(torch, world.encoder_dtype))
+    return build_ledger(shell, config)
+
+
+def move(model: TheWorldForConditionalGeneration, device: torch.device) -> None:
+    """Moves a whole model to a device, in place."""
+    torch.nn.Module.to(model, device)
+
+
+# -- a training run -----------------------------------------------------------------------------------------------
+
+
+def starting_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:
+    """Returns the checkpoint that a run starts from and whether it continues itself.
+
+    Raises:
+        ConfigError: If the run directory holds a run that the config does not continue, or a path is no checkpoint.
+    """
+    own = checkpoints(Path(config.output_dir))
+    if config.resume == "latest" and own:
+        return own[-1], True
+    if config.resume not in (None, "latest"):
+        assert config.resume is not None
+        return _own_checkpoint(Path(config.resume), own, config), True
+    if own:
+        raise ConfigError(
+            Problem(
+                f"holds a run already, up to {own[-1].name}",
+                key="output_dir",
+                value=config.output_dir,
+                hint="continue it with resume=latest, or choose another output_dir",
+            )
+        )
+    return (resolve_checkpoint(Path(config.init_from)), False) if config.init_from else (None, False)
+
+
+def _own_checkpoint(path: Path, own: list[Path], config: RunConfig) -> Path:
+    """Returns the checkpoint that a run is continued from, which has to be its own newest one.
+
+    Raises:
+        ConfigError: If it is another run's, or a later one would be mixed with what follows it.
+    """
+    checkpoint = resolve_checkpoint(path)
+    if not own or checkpoint.resolve() != own[-1].resolve():
+        hint = (
+            "move the later step-N directories away first"
+            if any(checkpoint.resolve() == other.resolve() for other in own)
+            else "use init_from for the weights of another run"
+        )
+        newest = own[-1].name if own else "none"
+        raise ConfigError(
+            Problem(
+                f"a run goes on from its own newest checkpoint, in {config.output_dir}: {newest}",
+                key="resume",
+                value=config.resume,
+                hint=hint,
+            )
+        )
+    return checkpoint
+
+
+def train(config: RunConfig, console: Console) -> TrainingResult:
+    """Runs a training run from config to result; every rank of the process group calls it.
+
+    Args:
+        config: The run config.
+        console: Where the main rank shows its progress.
+
+    Raises:
+        ConfigError: If an input is wrong, before any model loads, or if the first step breaks the contract of freezing.
+    """
+    inputs = open_inputs(config)
+    checkpoint, resume = starting_checkpoint(config)
+    _check_output_dir(config)
+    runtime = Runtime(config)
+    try:
+        return _train(config, inputs, checkpoint, resume, runtime, console)
+    finally:
+        runtime.close()
+
+
+def _train(
+    config: RunConfig, inputs: Inputs, checkpoint: Path | None, resume: bool, runtime: Runtime, console: Console
+) -> TrainingResult:
+    steps = max_steps(config, len(inputs.train))
+    order = TrainingOrder(len(inputs.train), config.seed, config.training.global_batch_size)
+    accumulation = accumulation_steps(
+        config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
+    )
+    loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
+    model, inheritance = loaded.model, loaded.inheritance
+    ledger = build_ledger(model, config)
+    check_expectation(ledger, config)
+    stage = StageModule(
+        model,
+        trainable_components(config),
+        precision=config.precision,
+        chunk_size=config.training.loss_chunk_size,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+    )
+    move(model, runtime.device)
+    optimizer = build_optimizer(model, config)
+    if resume and inheritance.source is not None:
+        _restore(optimizer, inheritance, runtime)
+    directory = Path(config.output_dir)
+    metrics = progress = None
+    if runtime.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).write_text(dump_config(config))
+        metrics = MetricsFile(directory / METRICS_FILE, inheritance.step)
+        _announce(config, ledger, steps, accumulation, runtime, inheritance, console)
+        progress = ProgressDisplay(console, config.name, inheritance.step, steps)
+    _start_trackers(config, runtime)
+    collator = Collator(inputs.processor, inputs.max_length)
+    trainer = Trainer(
+        config=config,
+        ledger=ledger,
+        runtime=runtime,
+        stage=stage,
+        optimizer=optimizer,
+        max_steps=steps,
+        first_step=inheritance.step,
+        windows=lambda start, number: _windows(config, inputs, collator, order, runtime, start, number),
+        held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, collator, runtime),
+        save=_saver(config, inputs, loaded, optimizer, ledger, runtime),
+        metrics=metrics,
+        progress=progress,
+    )
+    try:
+        result = trainer.run()
+    finally:
+        if progress is not None:
+            progress.close()
+        if metrics is not None:
+            metrics.close()
+    if runtime.is_main:
+        write_result(directory, ledger, result)
+    return result
+
+
+def _restore(optimizer: torch.optim.Optimizer, inheritance: Inheritance, runtime: Runtime) -> None:
+    from theworld_train.train.checkpoint import OPTIMIZER_FILE, load_optimizer
+
+    assert inheritance.source is not None
+    load_optimizer(optimizer, inheritance.source / OPTIMIZER_FILE)
+    if runtime.rank < len(inheritance.rng):
+        restore_random_state(inheritance.rng[runtime.rank])
+
+
+def _windows(
+    config: RunConfig,
+    inputs: Inputs,
+    collator: Collator,
+    order: TrainingOrder,
+    runtime: Runtime,
+    start: int,
+    number: int,
+) -> Generator[Window, None, None]:
+    return training_batches(
+        inputs.train,
+        collator,
+        order,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        micro_batch_size=config.training.micro_batch_size,
+        start_step=start,
+        num_steps=number,
+        num_workers=config.data.num_workers,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def held_out_batches(
+    config: RunConfig, inputs: Inputs, collator: Collator, runtime: Runtime
+) -> Generator[EvaluationBatch, None, None]:
+    """Returns this rank's share of the held-out samples."""
+    assert inputs.held_out is not None
+    most = config.evaluation.max_samples
+    return evaluation_batches(
+        inputs.held_out,
+        collator,
+        num_samples=len(inputs.held_out) if most is None else min(most, len(inputs.held_out)),
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
+        num_workers=config.data.num_workers,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def _saver(
+    config: RunConfig,
+    inputs: Inputs,
+    loaded: LoadedModel,
+    optimizer: torch.optim.Optimizer,
+    ledger: ParameterLedger,
+    runtime: Runtime,
+) -> Callable[[int, list[dict[str, Any]]], Path | None]:
+    """Returns the function that writes a checkpoint; on other ranks it does nothing."""
+    writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
+    trained = {component.value for component in config.trainable}
+    if config.model.world.enabled:
+        trained.add(Component.WORLD_PROJECTOR.value)  # no base holds it, so it is saved even where it never trained
+    carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in config.trainable}
+    trained -= carried.keys()
+
+    def save(step: int, rng: list[dict[str, Any]]) -> Path | None:
+        if not runtime.is_main:
+            return None
+        path = writer.write(
+            step,
+            model=loaded.model,
+            processor=inputs.processor,
+            optimizer=optimizer,
+            config_yaml=dump_config(config),
+            run_name=config.name,
+            base=loaded.base,
+            encoder=loaded.encoder,
+            trained=tuple(sorted(trained)),
+            carried=carried,
+            base_digests=loaded.digests,
+            ledger=ledger.to_dict(),
+            rng=rng,
+        )
+        # The next checkpoint carries the files on from this one: the one that they came from may be gone by then.
+        for name, entry in carried.items():
+            carried[name] = replace(entry, path=path / entry.path.name)
+        return path
+
+    return save
+
+
+def _check_output_dir(config: RunConfig) -> None:
+    """Makes sure that the run directory can be written to."""
+    directory = Path(config.output_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            Problem(f"cannot be written to: {error.strerror}", key="output_dir", value=config.output_dir)
+        ) from error
+
+
+def _start_trackers(config: RunConfig, runtime: Runtime) -> None:
+    if config.tracking.trackers:
+        os.environ["WANDB_MODE"] = config.tracking.wandb_mode
+        settings = {"config": json.dumps(config.model_dump(mode="json"))}
+        runtime.start_trackers(config.tracking.project, config.name, settings, Path(config.output_dir))
+
+
+def _announce(
+    config: RunConfig,
+    ledger: ParameterLedger,
+    steps: int,
+    accumulation: int,
+    runtime: Runtime,
+    inheritance: Inheritance,
+    console: Console,
+) -> None:
+    """Prints what is about to happen: the ledger, the batch equation and where the weights come from."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    for line in lines(ledger):
+        say(line)
+    training = config.training
+    say(
+        f"{config.name}: {steps} steps of {training.global_batch_size} samples = "
+        f"micro-batch {training.micro_batch_size} x {accumulation} accumulated x "
+        f"{runtime.world_size} rank(s) on {runtime.device.type}, {config.precision}"
+    )
+    if inheritance.source is not None:
+        verb = f"resumes at step {inheritance.step} from" if inheritance.step else "takes"
+        what = "" if inheritance.step else f" {', '.join(inheritance.components)} from"
+        say(f"{config.name}: {verb}{what} {inheritance.source}")
+
+
+def write_result(directory: Path, ledger: ParameterLedger, result: TrainingResult) -> None:
+    """Writes `result.json`, whose presence says that the run is complete."""
+    losses = [row["train/loss"] for row in read_metrics(directory / METRICS_FILE, "train")]
+    last = checkpoints(directory)
+    summary = {
+        "steps": result.steps,
+        "parameters": ledger.total,
+        "trainable": ledger.trainable,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "eval": None if result.evaluation is None else result.evaluation.to_dict(),
+        "checkpoint": last[-1].name if last else None,
+    }
+    partial = directory / f".{RESULT_FILE}.partial"
+    partial.write_text(json.dumps(summary, indent=1))
+    partial.replace(directory / RESULT_FILE)
+
+
+# -- checkpoints of a run, opened again ---------------------------------------------------------------------------
+
+
+def load_run(checkpoint: Path, overrides: dict[str, Any] | None = None) -> tuple[RunConfig, Path]:
+    """Returns the config of the run that wrote a checkpoint, and the checkpoint itself.
+
+    Args:
+        checkpoint: A checkpoint, or a run directory, whose newest one is taken.
+        overrides: Top-level sections to replace.
+    """
+    import yaml
+
+    path = resolve_checkpoint(checkpoint)
+    values = yaml.safe_load((path / CONFIG_FILE).read_text())
+    return parse_run_config(values | (overrides or {}), source=str(path / CONFIG_FILE)), path

@@ -1,0 +1,140 @@
+"""The command `theworld-train`: the table of its commands, which are imported only when they are called."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    # Typer has no public name for the classes under its own; they are needed for types alone.
+    from typer._click import Command as AnyCommand
+    from typer._click import Context, HelpFormatter
+
+PROGRAM = "theworld-train"
+
+
+class CommandEntry(NamedTuple):
+    """A command in the table.
+
+    Attributes:
+        target: `module:function`; the function's docstring is the command's help and ends with an `Example:`.
+        help: What the list of commands says.
+    """
+
+    target: str
+    help: str
+
+
+#: Every command, a line each, in the order of the list of commands.
+COMMANDS: dict[str, CommandEntry] = {
+    "train": CommandEntry("theworld_train.cli.train:train", "Train one stage."),
+    "run": CommandEntry("theworld_train.cli.run:run", "Run the stages of a pipeline one after the other."),
+    "evaluate": CommandEntry("theworld_train.cli.evaluate:evaluate", "Measure a checkpoint, with ablations."),
+    "generate": CommandEntry("theworld_train.cli.generate:generate", "Answer a question about an image or a clip."),
+    "fetch": CommandEntry("theworld_train.cli.fetch:fetch", "Download models and data, once, and pin their revisions."),
+    "params": CommandEntry("theworld_train.cli.params:params", "Count every parameter of a run, by component."),
+    "tiny": CommandEntry("theworld_train.cli.tiny:tiny", "Write the quickstart's tiny model."),
+    "validate": CommandEntry("theworld_train.cli.validate:validate", "Check run configs and pipelines."),
+    "size": CommandEntry("theworld_train.cli.size:size", "Count the parameters, memory and compute of any model."),
+    "figures": CommandEntry("theworld_train.cli.figures:figures", "Compare published figures with what is true."),
+    "schema": CommandEntry("theworld_train.cli.schema:schema", "Print the JSON Schema of the configs, for editors."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Group whose commands are modules that are imported when called, so that `--help` waits for no torch."""
+
+    def list_commands(self, ctx: Context) -> list[str]:
+        """Returns the names in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Context, cmd_name: str) -> AnyCommand | None:
+        """Imports a command's module and makes the command of its function."""
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def format_commands(self, ctx: Context, formatter: HelpFormatter) -> None:
+        """Writes the list of commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+    def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, AnyCommand | None, list[str]]:
+        """Finds the command that is called; an unknown name is answered with the nearest known one."""
+        if args[0] not in COMMANDS:
+            from theworld_train.config.errors import did_you_mean
+
+            ctx.fail(f"no such command '{args[0]}'; {did_you_mean(args[0], list(COMMANDS)) or f'see {PROGRAM} --help'}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Context) -> object:
+        """Runs a command; a user's error ends it with a list of problems, any other exception keeps its traceback."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Imported here, as it takes pydantic along: only a failure needs it.
+            from theworld_train.cli.problems import exit_if_config_error
+
+            exit_if_config_error(error)
+            raise
+
+
+def load_command(name: str) -> AnyCommand:
+    """Imports a command of the table.
+
+    Args:
+        name: The command's name.
+
+    Returns:
+        The command, whose help is the docstring of its function.
+    """
+    module, _, attribute = COMMANDS[name].target.partition(":")
+    function: Callable[..., object] = getattr(import_module(module), attribute)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None)
+    single.command(name, help=_help_text(function), short_help=COMMANDS[name].help)(function)
+    command: AnyCommand = typer.main.get_command(single)
+    return command
+
+
+def _help_text(function: Callable[..., object]) -> str:
+    """Returns a function's docstring with the line breaks of its example kept."""
+    return re.sub(r"^(?=Examples?:$)", "\b\n", inspect.getdoc(function) or "", flags=re.MULTILINE)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from theworld_train import __version__
+
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+# Typer's own tracebacks would take rich along and leave frames out.
+app = typer.Typer(
+    name=PROGRAM,
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"\b\nExample:\n    {PROGRAM} validate configs/stages/projection.yaml optimizer.lr=3e-4",
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train TheWorld, a vision-language-world model, from YAML configs."""
+
+
+def main() -> None:
+    """Runs the command line."""
+    app(prog_name=PROGRAM)

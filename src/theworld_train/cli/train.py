@@ -1,0 +1,43 @@
+"""`theworld-train train`: run one stage."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from theworld_train.cli.arguments import split_overrides
+
+
+def train(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CONFIG [KEY=VALUE ...]", help="A run config, and dotted keys to override.")
+    ],
+) -> None:
+    """Train one stage on this process, or on all processes of `accelerate launch -m theworld_train train ...`.
+
+    Example:
+        theworld-train train configs/stages/projection.yaml optimizer.lr=3e-4 training.max_steps=100
+    """
+    from theworld_train.cli.ranks import offline, quiet_other_ranks
+    from theworld_train.config import load_run_config
+    from theworld_train.config.errors import ConfigError
+
+    paths, overrides = split_overrides(arguments)
+    if len(paths) != 1:
+        raise ConfigError(f"train takes one config, got {len(paths)}")
+    with quiet_other_ranks():
+        config = load_run_config(paths[0], overrides)
+        offline()
+        from theworld_train import hub
+
+        lock = hub.read_lock(hub.LOCK_FILE)
+        if problems := hub.ensure_local(config, lock, paths[0]):
+            raise ConfigError(problems)
+        config = hub.pin_revisions(config, lock)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from theworld_train.assemble import train as run
+        from theworld_train.cli.tables import output
+
+        run(config, output())

@@ -1,0 +1,370 @@
+"""The run config: frozen models whose fields, defaults and descriptions are the reference of every setting."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from theworld_train.config.components import Component
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        # What errors say instead of the pattern.
+        json_schema_extra={"x-expected": "1 to 64 letters, digits, dots, underscores and hyphens"},
+    ),
+]
+Path = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and strict about unknown keys and about types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class WorldConfig(Section):
+    """How the world path turns pixels into tokens."""
+
+    enabled: bool = True
+    """Whether the model has a world path at all; without it the model is plain Gemma 3."""
+    encoder: str = "nvidia/Cosmos-Predict2-2B-Video2World"
+    """Hub id or directory whose `vae` subfolder holds the video VAE."""
+    encoder_revision: str | None = None
+    """Hub revision (branch, tag or commit) of the encoder."""
+    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision in which the world encoder runs while it is frozen; bfloat16 shifts the latents."""
+    projection: Literal["linear", "mlp"] = "mlp"
+    """`linear`: one Linear from latent features to the hidden size; `mlp`: Linear, GELU, Linear."""
+    tokens: Literal["spatial", "channel"] = "spatial"
+    """`spatial`: a token for each latent cell; `channel`: a token for each latent channel."""
+    resolution: PositiveInt = 512
+    """Side in pixels of the square that every frame is fitted to; a multiple of 8."""
+    resize: Literal["pad", "crop", "stretch"] = "pad"
+    """How frames that are not square are fitted."""
+    max_world_steps: NonNegativeInt = 4
+    """Largest distance from the present, in latent frames, that the temporal embedding covers."""
+
+    @model_validator(mode="after")
+    def _check_resolution(self) -> WorldConfig:
+        if self.resolution % 8:
+            raise ValueError(
+                f"resolution must be a multiple of 8, as the VAE compresses space by 8, got {self.resolution}"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """Which weights the run starts from."""
+
+    base: str = "google/gemma-3-4b-it"
+    """Hub id or directory of a Gemma 3 checkpoint."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the base."""
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; `auto` is SDPA. Backends that drop Gemma 3's image mask are not offered."""
+    world: WorldConfig = WorldConfig()
+    """The world path."""
+
+
+class TrainableComponent(Section):
+    """How one component trains."""
+
+    lr: PositiveFloat | None = None
+    """Peak learning rate of this component; `optimizer.lr` if absent."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay of this component's matrices; `optimizer.weight_decay` if absent."""
+
+
+class JsonlSource(Section):
+    """Conversations in a JSONL file, a line each, with media paths relative to the file."""
+
+    source: Literal["jsonl"]
+    """Selects this kind of source."""
+    path: Path
+    """The JSONL file."""
+    max_video_frames: PositiveInt = 9
+    """Frames taken from a clip, evenly spaced and ending in its last frame; 1 + 4k of them."""
+
+    @model_validator(mode="after")
+    def _check_frames(self) -> JsonlSource:
+        if (self.max_video_frames - 1) % 4:
+            raise ValueError(
+                f"max_video_frames must be 1 + 4k, as the VAE compresses time by 4, got {self.max_video_frames}"
+            )
+        return self
+
+
+class HubSource(Section):
+    """A Hugging Face dataset whose rows hold `messages` and `images`, in the chat template's format."""
+
+    source: Literal["hub"]
+    """Selects this kind of source."""
+    id: str
+    """Dataset id on the hub, or a directory written by `save_to_disk`."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit) of the dataset."""
+    config_name: str | None = None
+    """Configuration of the dataset, for datasets that have several."""
+    split: str = "train"
+    """Split to read; slices such as `train[:1%]` work."""
+
+
+class MovingDigitsSource(Section):
+    """Handwritten digits that move over a canvas, with questions on which digit and which way."""
+
+    source: Literal["moving_digits"]
+    """Selects this kind of source."""
+    split: Literal["train", "eval"]
+    """Which scans are used: the held-out digits appear in `eval` alone."""
+    samples: PositiveInt
+    """Number of samples."""
+    questions: tuple[Literal["direction", "digit"], ...] = ("direction", "digit")
+    """Kinds of question, taken in turn."""
+    frames: PositiveInt = 9
+    """Frames of a clip, 1 + 4k."""
+    canvas: PositiveInt = 64
+    """Side of the canvas in pixels."""
+    speed: PositiveInt = 6
+    """Pixels that the digit moves between two frames."""
+    grid: PositiveInt = 16
+    """In the last frame the digit stands at multiples of so many pixels; a small vision tower wants its patch size."""
+    plain_share: Fraction = 0.0
+    """Share of the digit questions that come without world tokens, so that the model learns to answer without them."""
+    seed: int = 0
+    """Seed of everything that is drawn: scan, place, direction and question."""
+
+    @model_validator(mode="after")
+    def _check_clip(self) -> MovingDigitsSource:
+        if (self.frames - 1) % 4:
+            raise ValueError(f"frames must be 1 + 4k, as the VAE compresses time by 4, got {self.frames}")
+        if not self.questions:
+            raise ValueError("questions must name at least one kind")
+        return self
+
+
+Source = Annotated[JsonlSource | HubSource | MovingDigitsSource, Field(discriminator="source")]
+
+
+def frames_of(source: JsonlSource | HubSource | MovingDigitsSource | None) -> int:
+    """Returns the most frames that a clip of a source has; 1 if it holds images alone."""
+    if isinstance(source, JsonlSource):
+        return source.max_video_frames
+    return source.frames if isinstance(source, MovingDigitsSource) else 1
+
+
+class DataSection(Section):
+    """What the model learns from and is measured on."""
+
+    train: Source
+    """Training samples."""
+    eval: Source | None = None
+    """Held-out samples."""
+    max_sequence_length: PositiveInt | None = None
+    """Tokens that a sample may have, image and world tokens included; the base's context length if absent."""
+    num_workers: NonNegativeInt = 2
+    """Processes per rank that decode and tokenise."""
+
+
+class OptimizerSection(Section):
+    """AdamW."""
+
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate of components that state none of their own."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of matrices; vectors (norms, biases) and embeddings of positions are never decayed."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay rates of the two moments."""
+    eps: PositiveFloat = 1e-8
+    """Term added to the denominator."""
+
+
+class ScheduleSection(Section):
+    """The learning rate over optimizer steps, as a factor of the peak."""
+
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warmup; `wsd` is warmup, stable, decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warmup; the first step's rate is peak / warmup_steps."""
+    min_lr_ratio: Fraction = 0.0
+    """Rate at the end as a share of the peak (not for `constant`)."""
+    decay_steps: PositiveInt | None = None
+    """Length of the final decay of `wsd`; a tenth of the run if absent."""
+
+
+class TrainingSection(Section):
+    """How long, how large and how the steps are."""
+
+    max_steps: PositiveInt | None = None
+    """Optimizer steps; exactly one of `max_steps` and `epochs` is set."""
+    epochs: PositiveFloat | None = None
+    """Passes over the training samples."""
+    global_batch_size: PositiveInt = 8
+    """Samples in an optimizer step, over all ranks and accumulated micro-batches."""
+    micro_batch_size: PositiveInt = 1
+    """Samples that one rank processes at once; accumulation is derived and must divide."""
+    gradient_clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the whole gradient; no limit if null."""
+    gradient_checkpointing: bool = True
+    """Recompute layers in the backward pass instead of keeping their activations."""
+    loss_chunk_size: PositiveInt = 1024
+    """Supervised positions whose logits are held at once."""
+    verify_freezing: bool = True
+    """Check after the first step that frozen tensors are bit-identical and trainable ones have moved."""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> TrainingSection:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError("exactly one of max_steps and epochs must be set")
+        return self
+
+
+class EvaluationSection(Section):
+    """When the held-out split is measured."""
+
+    every_steps: PositiveInt | None = None
+    """Interval in optimizer steps; only at the end if absent."""
+    max_samples: PositiveInt | None = None
+    """Samples measured; all if absent."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples that one rank measures at once; `training.micro_batch_size` if absent."""
+
+
+class CheckpointSection(Section):
+    """When the run is saved."""
+
+    every_steps: PositiveInt | None = None
+    """Interval in optimizer steps; only at the end if absent."""
+    keep_last: PositiveInt = 2
+    """Checkpoints that stay; older ones are removed once a newer one is whole."""
+
+
+class TrackingSection(Section):
+    """Where metrics go besides `metrics.jsonl`, which is always written."""
+
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers besides the JSONL file."""
+    project: Name = "theworld"
+    """Project name for trackers that know one."""
+    wandb_mode: Literal["online", "offline"] = "offline"
+    """`offline` needs no account; the account's key comes from the environment, never from a config."""
+    log_every_steps: PositiveInt = 1
+    """Interval in optimizer steps."""
+
+
+class RuntimeSection(Section):
+    """The process group."""
+
+    strategy: Literal["ddp"] = "ddp"
+    """How ranks share the work."""
+    timeout_s: PositiveInt = 600
+    """Seconds after which a collective that does not return ends the run."""
+
+
+class RunConfig(Section):
+    """Everything that defines one training run."""
+
+    name: Name
+    """Name of the run, also in trackers."""
+    output_dir: Path
+    """Directory of the run: config, metrics and checkpoints."""
+    seed: int = 0
+    """Seed of initial values and data order."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16`: bf16 compute with fp32 masters of what trains; `fp32`: everything fp32."""
+    deterministic: bool = False
+    """Refuse nondeterministic kernels; runs on the same hardware are then bit-identical."""
+    model: ModelSection = ModelSection()
+    """Which weights the run starts from."""
+    trainable: dict[Component, TrainableComponent]
+    """The components that train; everything else is frozen."""
+    expect_trainable: PositiveInt | None = None
+    """Number of parameters that must turn out trainable, or the run stops before its first step."""
+    data: DataSection
+    """What the model learns from and is measured on."""
+    optimizer: OptimizerSection = OptimizerSection()
+    """AdamW."""
+    schedule: ScheduleSection = ScheduleSection()
+    """The learning rate over optimizer steps."""
+    training: TrainingSection
+    """How long, how large and how the steps are."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """When the held-out split is measured."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """When the run is saved."""
+    tracking: TrackingSection = TrackingSection()
+    """Where metrics go."""
+    runtime: RuntimeSection = RuntimeSection()
+    """The process group."""
+    init_from: Path | None = None
+    """Checkpoint of an earlier stage: its weights, with a fresh optimizer."""
+    resume: Path | None = None
+    """`latest`, or a checkpoint of this run: continue exactly where it was."""
+
+    @model_validator(mode="after")
+    def _check_run(self) -> RunConfig:
+        if not self.trainable:
+            raise ValueError("the trainable table is empty: name at least one component, such as world_projector")
+        if not self.model.world.enabled:
+            of_world = [c.value for c in self.trainable if c in (Component.WORLD_ENCODER, Component.WORLD_PROJECTOR)]
+            if of_world:
+                raise ValueError(f"{', '.join(of_world)} cannot train while model.world.enabled is false")
+        for name, source in (("train", self.data.train), ("eval", self.data.eval)):
+            if self.model.world.enabled and (frames := frames_of(source)) > 1 + 4 * self.model.world.max_world_steps:
+                raise ValueError(
+                    f"data.{name} has clips of {frames} frames, reaching {(frames - 1) // 4} latent frames back, but "
+                    f"model.world.max_world_steps is {self.model.world.max_world_steps}"
+                )
+        if self.resume and self.init_from and self.resume != "latest":
+            raise ValueError("resume continues a run, init_from starts one: set only one of them")
+        return self
+
+
+Ablation = Literal["as_trained", "world_masked", "untrained_projection", "world_disabled", "image_blanked"]
+ABLATIONS: tuple[Ablation, ...] = (
+    "as_trained",
+    "world_masked",
+    "untrained_projection",
+    "world_disabled",
+    "image_blanked",
+)
+
+
+class PipelineStage(Section):
+    """One stage of a pipeline: a run config, and what differs from it here."""
+
+    config: Path
+    """Run config, relative to the pipeline file."""
+    overrides: dict[str, object] = {}
+    """Dotted keys of the run config and their values."""
+
+
+class PipelineEvaluation(Section):
+    """What is measured on the checkpoint of each stage."""
+
+    ablations: tuple[Ablation, ...] = ABLATIONS
+    """Variants of the model that the held-out split is measured with."""
+    stages: tuple[Name, ...] | None = None
+    """Names of the stages that are measured; all of them if null."""
+
+
+class PipelineConfig(Section):
+    """Stages that run one after the other, each in its own process, each starting from the one before."""
+
+    name: Name
+    """Name of the pipeline."""
+    output_dir: Path
+    """Directory that holds a run directory for each stage, and the summary."""
+    launcher: tuple[str, ...] = ()
+    """Argument list put before each training command, such as [accelerate, launch, --num_processes, "8"]."""
+    stages: tuple[PipelineStage, ...] = Field(min_length=1)
+    """The stages in their order."""
+    evaluation: PipelineEvaluation | None = None
+    """What is measured after each stage; nothing if absent."""

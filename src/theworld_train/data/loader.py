@@ -1,0 +1,307 @@
+"""Loads batches in worker processes, in an order and with a content that do not depend on their number."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from theworld_train.batch import Batch, EncodedSample
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.data.collator import Collator
+from theworld_train.data.order import EvaluationSlot, TrainingOrder, evaluation_micro_batches
+from theworld_train.data.source import Sample, Source, UnreadableSampleError
+
+#: Samples in a row that may turn out unusable before the run stops.
+MAX_REPLACEMENTS = 1000
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A sample that another one replaced.
+
+    Attributes:
+        sample_id: Id of the sample that was left out.
+        reason: Why.
+    """
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one rank takes in one optimizer step.
+
+    Attributes:
+        step: The optimizer step, counted from 0.
+        micro_batches: The batches whose gradients are accumulated.
+        dropped: Samples of this rank that were due in this step and were replaced.
+    """
+
+    step: int
+    micro_batches: tuple[Batch, ...]
+    dropped: tuple[Dropped, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """One batch of an evaluation.
+
+    Attributes:
+        batch: The batch.
+        counted: Of each sample, whether it counts; False for padding and for replacements of unusable samples.
+        dropped: Unusable samples that were due here; the held-out split is measured without them.
+    """
+
+    batch: Batch
+    counted: tuple[bool, ...]
+    dropped: tuple[Dropped, ...]
+
+
+def training_batches(
+    source: Source,
+    collator: Collator,
+    order: TrainingOrder,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    start_step: int,
+    num_steps: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Generator[Window, None, None]:
+    """Yields what one rank takes in each optimizer step.
+
+    A sample that does not fit the collator's length, or whose media cannot be read, is replaced by the next index of
+    the source that is usable. The workers end when the iterator is exhausted, closed or fails.
+
+    Args:
+        source: The samples.
+        collator: Encodes and pads them.
+        order: Which samples each step takes.
+        rank: This rank.
+        world_size: Number of ranks.
+        micro_batch_size: Samples of a batch.
+        start_step: First optimizer step, above 0 when a run is resumed.
+        num_steps: Number of optimizer steps to yield.
+        num_workers: Worker processes; 0 loads in this process.
+        pin_memory: Put tensors into page-locked memory, for GPUs.
+
+    Raises:
+        ConfigError: If the global batch cannot be split evenly, or if no usable sample is found.
+    """
+    per_step = len(order.micro_batches(0, rank, world_size, micro_batch_size))
+    requests = _TrainingRequests(order, rank, world_size, micro_batch_size, range(start_step, start_step + num_steps))
+    loaded = _load(source, collator, requests, num_workers, pin_memory)
+    return _windows(loaded, requests.steps, per_step)
+
+
+def evaluation_batches(
+    source: Source,
+    collator: Collator,
+    *,
+    num_samples: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+) -> Generator[EvaluationBatch, None, None]:
+    """Yields the evaluation batches of one rank; every rank gets equally many, and each sample counts once.
+
+    Args:
+        source: The samples.
+        collator: Encodes and pads them.
+        num_samples: How many of them are measured, from the first on.
+        rank: This rank.
+        world_size: Number of ranks.
+        micro_batch_size: Samples of a batch.
+        num_workers: Worker processes; 0 loads in this process.
+        pin_memory: Put tensors into page-locked memory, for GPUs.
+
+    Raises:
+        ConfigError: If no usable sample is found.
+    """
+    slots = evaluation_micro_batches(min(num_samples, len(source)), rank, world_size, micro_batch_size)
+    requests = [[slot.index for slot in batch] for batch in slots]
+    loaded = _load(source, collator, requests, min(num_workers, len(requests)), pin_memory)
+    return _evaluations(loaded, slots)
+
+
+def check_budget(source: Source, collator: Collator, samples: int = 8) -> list[Problem]:
+    """Encodes a few samples and returns a problem if none of them is usable: the length is then set too low.
+
+    Args:
+        source: The samples.
+        collator: Encodes them.
+        samples: How many to try, spread evenly over the source.
+    """
+    count = min(samples, len(source))
+    lengths: list[int] = []
+    for index in (i * len(source) // count for i in range(count)):
+        try:
+            sample = source[index]
+            encoded = collator.encoder.encode(sample.messages, world=sample.world)
+        except (UnreadableSampleError, ValueError):
+            continue
+        if collator.fit(encoded) is not None:
+            return []
+        lengths.append(encoded.input_ids.shape[0])
+    if not lengths:
+        return []
+    message = (
+        f"none of {len(lengths)} samples fits {collator.max_length} tokens with its images and a part of its answer; "
+        f"the shortest has {min(lengths)}"
+    )
+    return [Problem(message, key="data.max_sequence_length", hint="raise it, or lower model.world.resolution")]
+
+
+@dataclass(frozen=True)
+class _TrainingRequests:
+    """The indices of every micro-batch of a run, made one by one: a long run has millions."""
+
+    order: TrainingOrder
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    steps: range
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            for positions in self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch_size):
+                yield [self.order.index(position) for position in positions]
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a worker made of one micro-batch: the batch, or the error that this process raises in its stead.
+
+    A `ConfigError` travels as a value, since the loader would wrap it in a worker's traceback.
+    """
+
+    batch: Batch | None
+    replaced: tuple[bool, ...] = ()
+    dropped: tuple[Dropped, ...] = ()
+    error: ConfigError | None = None
+
+    def pin_memory(self) -> _Loaded:
+        return self if self.batch is None else _Loaded(self.batch.pin_memory(), self.replaced, self.dropped)
+
+
+class _MicroBatches(Dataset[_Loaded]):
+    """Loads a micro-batch, given the indices of its samples."""
+
+    def __init__(self, source: Source, collator: Collator) -> None:
+        self._source = source
+        self._collator = collator
+
+    def __getitem__(self, indices: Sequence[int]) -> _Loaded:
+        try:
+            return self._load(indices)
+        except ConfigError as error:
+            return _Loaded(None, error=error)
+
+    def _load(self, indices: Sequence[int]) -> _Loaded:
+        dropped: list[Dropped] = []
+        pairs: list[tuple[Sample, EncodedSample]] = []
+        replaced: list[bool] = []
+        for index in indices:
+            before = len(dropped)
+            pairs.append(self._usable(index, dropped))
+            replaced.append(len(dropped) > before)
+        return _Loaded(self._collator.collate(pairs), tuple(replaced), tuple(dropped))
+
+    def _usable(self, index: int, dropped: list[Dropped]) -> tuple[Sample, EncodedSample]:
+        """Returns the first usable sample from `index` on, and notes those before it."""
+        tries = min(len(self._source), MAX_REPLACEMENTS)
+        for candidate in range(index, index + tries):
+            try:
+                sample = self._source[candidate % len(self._source)]
+                encoded = self._collator.encode(sample)
+            except UnreadableSampleError as error:
+                dropped.append(Dropped(error.sample_id, error.reason))
+                continue
+            if encoded is not None:
+                return sample, encoded
+            reason = f"does not fit {self._collator.max_length} tokens with its images and a part of its answer"
+            dropped.append(Dropped(sample.id, reason))
+        last = dropped[-1]
+        message = f"none of {tries} samples in a row is usable; the last one, {last.sample_id}: {last.reason}"
+        raise ConfigError(Problem(message, key="data", hint="check data.max_sequence_length and the media files"))
+
+
+def _load(
+    source: Source, collator: Collator, requests: Iterable[list[int]], num_workers: int, pin_memory: bool
+) -> Generator[_Loaded, None, None]:
+    """Yields one loaded micro-batch for each request, in order, and ends the workers whatever happens."""
+    loader: DataLoader[_Loaded] = DataLoader(
+        _MicroBatches(source, collator),
+        batch_size=None,
+        sampler=requests,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        # A generator of its own: the loader would otherwise draw from the global one, which belongs to the model.
+        generator=torch.Generator(),
+    )
+    iterator = iter(loader)
+    try:
+        for loaded in iterator:
+            if loaded.error is not None:
+                raise loaded.error
+            yield loaded
+    finally:
+        _end_workers(iterator)
+
+
+def _windows(loaded: Generator[_Loaded, None, None], steps: range, per_step: int) -> Generator[Window, None, None]:
+    try:
+        for step in steps:
+            parts = [next(loaded) for _ in range(per_step)]
+            batches = tuple(part.batch for part in parts if part.batch is not None)
+            yield Window(step, batches, tuple(dropped for part in parts for dropped in part.dropped))
+    finally:
+        loaded.close()
+
+
+def _evaluations(
+    loaded: Generator[_Loaded, None, None], slots: list[list[EvaluationSlot]]
+) -> Generator[EvaluationBatch, None, None]:
+    try:
+        for part, batch_slots in zip(loaded, slots, strict=True):
+            assert part.batch is not None
+            counts = zip(batch_slots, part.replaced, strict=True)
+            yield EvaluationBatch(part.batch, tuple(s.counted and not r for s, r in counts), part.dropped)
+    finally:
+        loaded.close()
+
+
+def _identity(loaded: object) -> object:
+    return loaded
+
+
+def _start_worker(_worker: int) -> None:
+    # A scheduler signals the whole job. Only the training process may react, by saving at the next step; a worker that
+    # died of the signal would take the step with it. Workers end when the training process does.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # Tokenizers would warn in every worker that their own threads cannot be forked.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_workers(iterator: object) -> None:
+    """Asks the workers of a loader's iterator to end, and kills those that do not."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is None:
+        return
+    shutdown()
+    for worker in getattr(iterator, "_workers", ()):
+        if worker.is_alive():
+            worker.kill()

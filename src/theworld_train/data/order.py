@@ -1,0 +1,114 @@
+"""The order of samples, as pure functions of the seed and the step.
+
+Training walks an endless stream of positions. Position `p` is in epoch `p // n`, whose permutation of the `n` samples
+depends on (seed, epoch) alone. The global batch of a step is a slice of that stream, cut into micro-batches afterwards:
+neither the number of ranks nor that of workers changes which samples a step learns from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from theworld_train.config.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class TrainingOrder:
+    """The stream of training samples.
+
+    Attributes:
+        num_samples: Samples in the source.
+        seed: Seed of the order.
+        global_batch_size: Samples in one optimizer step, over all ranks.
+    """
+
+    num_samples: int
+    seed: int
+    global_batch_size: int
+
+    def __post_init__(self) -> None:
+        """Refuses an empty source."""
+        if self.num_samples < 1:
+            raise ConfigError("there are no training samples")
+        assert self.global_batch_size > 0
+
+    def index(self, position: int) -> int:
+        """Returns the index into the source of the sample at a position of the stream."""
+        epoch, offset = divmod(position, self.num_samples)
+        return int(permutation(self.num_samples, self.seed, epoch)[offset])
+
+    def global_batch(self, step: int) -> list[int]:
+        """Returns the positions that optimizer step `step`, counted from 0, learns from."""
+        return list(range(step * self.global_batch_size, (step + 1) * self.global_batch_size))
+
+    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
+        """Returns the positions of each micro-batch that one rank takes in a step.
+
+        Micro-batch `a` of rank `r` is the `(a * world_size + r)`-th of the global batch.
+
+        Raises:
+            ConfigError: If ranks and micro-batches do not divide the global batch.
+        """
+        accumulation = accumulation_steps(self.global_batch_size, micro_batch_size, world_size)
+        positions = self.global_batch(step)
+        starts = [(a * world_size + rank) * micro_batch_size for a in range(accumulation)]
+        return [positions[start : start + micro_batch_size] for start in starts]
+
+
+@dataclass(frozen=True)
+class EvaluationSlot:
+    """A place in an evaluation batch.
+
+    Attributes:
+        index: Index of the sample in the source.
+        counted: Whether its result counts; padding repeats a sample that counts elsewhere.
+    """
+
+    index: int
+    counted: bool
+
+
+def evaluation_micro_batches(
+    num_samples: int, rank: int, world_size: int, micro_batch_size: int
+) -> list[list[EvaluationSlot]]:
+    """Splits samples `0 .. num_samples - 1` over the ranks so that each counts once.
+
+    Every rank gets equally many full micro-batches, since a rank with fewer would leave the others waiting in a
+    collective; the last ones are padded with repeated samples that do not count.
+    """
+    stride = world_size * micro_batch_size
+    starts = range(rank * micro_batch_size, num_samples + rank * micro_batch_size, stride)
+    return [
+        [EvaluationSlot(slot % num_samples, slot < num_samples) for slot in range(start, start + micro_batch_size)]
+        for start in starts
+    ]
+
+
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Returns the micro-batches that each rank accumulates in an optimizer step.
+
+    Raises:
+        ConfigError: If they do not divide the global batch.
+    """
+    steps, rest = divmod(global_batch_size, micro_batch_size * world_size)
+    if rest or not steps:
+        message = f"must be a multiple of micro_batch_size x world size = {micro_batch_size} x {world_size}"
+        raise ConfigError(Problem(message, key="training.global_batch_size", value=global_batch_size))
+    return steps
+
+
+@lru_cache(maxsize=4)
+def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Returns the order of the samples in one epoch.
+
+    It sorts raw words of a counter-based generator: unlike numpy's `permutation`, those words are guaranteed to stay
+    the same in later numpy versions (NEP 19), and with them the order of a run that is resumed after an upgrade.
+    """
+    key = np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,))
+    order: NDArray[np.int64] = np.argsort(np.random.Philox(key).random_raw(num_samples), kind="stable")
+    order.setflags(write=False)
+    return order

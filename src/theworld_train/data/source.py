@@ -1,0 +1,88 @@
+"""What every source of training data offers: numbered conversations, and a check that runs before any model loads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from theworld_train.config.errors import Problem
+
+#: Kind of a sample whose row names none.
+DEFAULT_KIND = "all"
+#: Problems that a check lists one by one; the rest are counted.
+MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation with its media loaded.
+
+    Attributes:
+        id: Names the sample in logs; unique within its source.
+        kind: Group of the sample, for metrics by kind.
+        messages: The conversation in Hugging Face's chat-template format: `{"role": ..., "content": [part, ...]}` with
+            parts `{"type": "text", "text": str}`, `{"type": "image", "image": PIL image in RGB}` and
+            `{"type": "video", "video": [PIL image in RGB, ...]}`.
+        world: Whether its visual parts have world tokens; without them it is a sample for plain Gemma 3.
+    """
+
+    id: str
+    kind: str
+    messages: list[dict[str, Any]]
+    world: bool = True
+
+
+class Source(Protocol):
+    """A fixed number of samples, each a pure function of its index."""
+
+    def __len__(self) -> int:
+        """Returns the number of samples."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Loads one sample.
+
+        Raises:
+            UnreadableSampleError: If a media file of the sample is damaged; the loader takes another sample instead.
+            ConfigError: If the row itself is wrong, which `check` would have told.
+        """
+        ...
+
+    def check(self) -> list[Problem]:
+        """Checks the structure of every row without decoding media, and returns what is wrong."""
+        ...
+
+
+class MediaError(ValueError):
+    """Raised for an image or a video that is damaged, disguised or too large; the message names it."""
+
+
+class UnreadableSampleError(ValueError):
+    """Raised for a sample of which a medium cannot be read.
+
+    Attributes:
+        sample_id: Id of the sample.
+        reason: What is wrong with which file.
+    """
+
+    def __init__(self, sample_id: str, reason: str) -> None:
+        """Args: sample_id: id of the sample; reason: what is wrong with which file."""
+        super().__init__(sample_id, reason)
+        self.sample_id = sample_id
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Renders id and reason."""
+        return f"{self.sample_id}: {self.reason}"
+
+
+def first_problems(problems: Iterable[Problem], source: str) -> list[Problem]:
+    """Returns the first `MAX_PROBLEMS` problems, and one more that counts the rest if there are any."""
+    iterator = iter(problems)
+    listed = list(itertools.islice(iterator, MAX_PROBLEMS))
+    rest = sum(1 for _ in iterator)
+    if rest:
+        listed.append(Problem(f"and {rest} more problem{'s' if rest > 1 else ''}", source=source))
+    return listed

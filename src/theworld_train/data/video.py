@@ -1,0 +1,140 @@
+"""Reads clips: video files, directories of frames and lists of frames, by one rule for which frames are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.data.images import MAX_PIXELS, open_image
+from theworld_train.data.source import MediaError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+
+#: Files of a directory that are taken for frames.
+FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+#: Containers that are opened. Playlists, which name further files and addresses, are not among them.
+CONTAINERS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpeg", "mpegts", "gif")
+
+
+def select_frames(available: int, max_frames: int) -> list[int]:
+    """Returns the indices of the frames that are taken from a clip.
+
+    Their number is the largest 1 + 4k that neither exceeds what there is nor what is asked for, since the video VAE
+    keeps the first frame by itself and compresses the others by four. They are spread evenly and end in the last
+    frame, which is the present.
+
+    Args:
+        available: Frames of the clip, at least 1.
+        max_frames: Frames that are asked for, at least 1.
+    """
+    intervals = (min(available, max_frames) - 1) // 4 * 4
+    if not intervals:
+        return [available - 1]
+    return [(2 * i * (available - 1) + intervals) // (2 * intervals) for i in range(intervals + 1)]
+
+
+def read_clip(path: Path, max_frames: int) -> list[Image.Image]:
+    """Reads a video file, or a directory whose images in name order are the frames.
+
+    Args:
+        path: File or directory.
+        max_frames: Most frames to take.
+
+    Returns:
+        The frames that `select_frames` names, in RGB and upright.
+
+    Raises:
+        MediaError: If the clip is damaged, of no known format, too large or empty; the message names it.
+        ConfigError: If the package that decodes videos is missing.
+    """
+    if path.is_dir():
+        return read_frames(frame_files(path), max_frames, name=path)
+    problem = missing_decoder(str(path))
+    if problem is not None:
+        raise ConfigError(problem)
+    packets = _count_packets(path)
+    frames, decoded = _decode(path, select_frames(max(packets, 1), max_frames))
+    if decoded != packets:
+        # Some packets hold no frame, or several; only decoding tells, and then the choice is made again.
+        if not decoded:
+            raise MediaError(f"{path}: the video holds no frames")
+        frames, _ = _decode(path, select_frames(decoded, max_frames))
+    return frames
+
+
+def read_frames(paths: Sequence[Path], max_frames: int, name: Path | None = None) -> list[Image.Image]:
+    """Reads a clip whose frames are image files, in the order given; `name` names the clip in errors."""
+    if not paths:
+        raise MediaError(f"{name}: the directory holds no frames")
+    return [open_image(paths[index]) for index in select_frames(len(paths), max_frames)]
+
+
+def frame_files(directory: Path) -> list[Path]:
+    """Returns the images of a directory in name order; hidden files are left out."""
+    files = [f for f in directory.iterdir() if f.suffix.lower() in FRAME_SUFFIXES and not f.name.startswith(".")]
+    return sorted(files, key=lambda file: file.name)
+
+
+def missing_decoder(source: str) -> Problem | None:
+    """Returns a problem that says how to install the package that decodes video files, if it is missing."""
+    if find_spec("av") is not None:
+        return None
+    message = "reading video files needs the package 'av', which is not installed"
+    return Problem(message, source=source, hint="pip install 'theworld-train[video]'")
+
+
+def _open(path: Path) -> InputContainer:
+    import av
+
+    options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
+    container = av.open(str(path), options=options)
+    if not container.streams.video:
+        container.close()
+        raise MediaError(f"{path}: the file holds no video")
+    stream = container.streams.video[0]
+    if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+        container.close()
+        raise MediaError(f"{path}: the frames have more than {MAX_PIXELS:,} pixels")
+    return container
+
+
+def _count_packets(path: Path) -> int:
+    with _damage(path), _open(path) as container:
+        return sum(1 for packet in container.demux(video=0) if packet.size)
+
+
+def _decode(path: Path, wanted: Collection[int]) -> tuple[list[Image.Image], int]:
+    """Returns the wanted frames that there are, and the number of frames that there are."""
+    frames = []
+    count = 0
+    with _damage(path), _open(path) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for frame in container.decode(video=0):
+            if count in wanted:
+                frames.append(_upright(frame))
+            count += 1
+    return frames, count
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turns whatever a decoder raises into a `MediaError` that names the file."""
+    try:
+        yield
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{path}: not a video in a known format, or damaged: {error}") from error
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -1,0 +1,1 @@
+"""Measuring a checkpoint on held-out samples, whole and with parts of it taken away."""

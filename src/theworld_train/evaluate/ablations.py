@@ -1,0 +1,130 @@
+"""Ablations: what a trained model still answers when one part of it, or of its input, is taken away."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from theworld_train.assemble import Inputs, held_out_batches, load_model, load_run, move, open_inputs, open_processor
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import Ablation, RunConfig
+from theworld_train.data import Collator, EvaluationBatch
+from theworld_train.train.evaluation import EvaluationResult, EvaluationTally, score
+from theworld_train.train.loss import num_chunks
+from theworld_train.train.runtime import Runtime
+from theworld_train.train.stage import Features, StageModule
+
+#: What each ablation does, for people.
+DESCRIPTIONS: dict[Ablation, str] = {
+    "as_trained": "as trained",
+    "world_masked": "world tokens masked from attention",
+    "untrained_projection": "world projector freshly initialised",
+    "world_disabled": "no world tokens in the prompt (enable_world=False)",
+    "image_blanked": "a grey image for the vision tower",
+}
+
+
+def run_ablations(
+    checkpoint: Path, ablations: Sequence[Ablation], overrides: dict[str, Any] | None = None
+) -> dict[Ablation, EvaluationResult]:
+    """Measures a checkpoint on its run's held-out split.
+
+    Args:
+        checkpoint: A checkpoint, or a run directory, whose newest one is taken.
+        ablations: Variants to measure.
+        overrides: Top-level sections of the run config to replace, such as `evaluation`.
+
+    Returns:
+        The result of each variant.
+
+    Raises:
+        ConfigError: If the run has no held-out split, or an ablation has no meaning for its model.
+    """
+    config, path = load_run(checkpoint, overrides)
+    if config.data.eval is None:
+        raise ConfigError(Problem("the run has no held-out split", source=str(path), key="data.eval"))
+    if not config.model.world.enabled and (unfit := sorted(set(ablations) - {"as_trained", "image_blanked"})):
+        raise ConfigError(f"{path} has no world path, so there is nothing to take away for {', '.join(unfit)}")
+    inputs = open_inputs(config)
+    runtime = Runtime(config)
+    try:
+        model = load_model(config, (), path).model
+        stage = StageModule(
+            model,
+            (),
+            precision=config.precision,
+            chunk_size=config.training.loss_chunk_size,
+            gradient_checkpointing=False,
+        )
+        move(model, runtime.device)
+        return _measure(config, inputs, stage, runtime, ablations)
+    finally:
+        runtime.close()
+
+
+def _measure(
+    config: RunConfig, inputs: Inputs, stage: StageModule, runtime: Runtime, ablations: Sequence[Ablation]
+) -> dict[Ablation, EvaluationResult]:
+    """Measures all variants; those that share a prompt share the data and the frozen encoders' work."""
+    tallies = {ablation: EvaluationTally() for ablation in ablations}
+    with_world = [ablation for ablation in ablations if ablation != "world_disabled"]
+    fresh = _fresh_projector(stage, config.seed) if "untrained_projection" in with_world else {}
+    if with_world:
+        for item, features, chunks in _encoded(config, inputs, stage, runtime):
+            for ablation in with_world:
+                with _ablated(stage, item, features, ablation, fresh) as (changed, encoded):
+                    score(stage, stage, changed, encoded, chunks, tallies[ablation])
+    if "world_disabled" in ablations:
+        plain = replace(inputs, processor=open_processor(config, enable_world=False))
+        for item, features, chunks in _encoded(config, plain, stage, runtime):
+            score(stage, stage, item, features, chunks, tallies["world_disabled"])
+    return {ablation: tally.result(runtime) for ablation, tally in tallies.items()}
+
+
+def _encoded(
+    config: RunConfig, inputs: Inputs, stage: StageModule, runtime: Runtime
+) -> Generator[tuple[EvaluationBatch, Features, int], None, None]:
+    collator = Collator(inputs.processor, inputs.max_length)
+    for item in held_out_batches(config, inputs, collator, runtime):
+        moved = replace(item, batch=item.batch.to(runtime.device))
+        yield moved, stage.encode(moved.batch), num_chunks(moved.batch.num_supervised, stage.chunk_size)
+
+
+@contextmanager
+def _ablated(
+    stage: StageModule, item: EvaluationBatch, features: Features, ablation: Ablation, fresh: dict[str, Tensor]
+) -> Generator[tuple[EvaluationBatch, Features], None, None]:
+    """Takes away what an ablation names: from the batch, from its features, or for a while from the model."""
+    batch = item.batch
+    if ablation == "world_masked":
+        ids = torch.tensor(stage.model.config.world_token_ids, device=batch.input_ids.device)
+        visible = batch.attention_mask * ~torch.isin(batch.input_ids, ids)
+        yield replace(item, batch=replace(batch, attention_mask=visible)), features
+    elif ablation == "image_blanked" and batch.pixel_values is not None:
+        grey = stage.encode(replace(batch, pixel_values=torch.zeros_like(batch.pixel_values), world_frames=None))
+        yield item, replace(features, image_states=grey.image_states)
+    elif ablation == "untrained_projection":
+        trained = copy.deepcopy(stage.model.world_projector.state_dict())
+        stage.model.world_projector.load_state_dict(fresh)
+        try:
+            yield item, features
+        finally:
+            stage.model.world_projector.load_state_dict(trained)
+    else:
+        yield item, features
+
+
+def _fresh_projector(stage: StageModule, seed: int) -> dict[str, Tensor]:
+    """Returns the world projector's weights as they would be drawn before any training."""
+    fresh = copy.deepcopy(stage.model.world_projector)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh.reset_parameters()
+    return dict(fresh.state_dict())

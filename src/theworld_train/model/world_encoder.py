@@ -1,0 +1,120 @@
+"""The world encoder: the encoder half of the Wan 2.1 video VAE, from pixels to normalised latents."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanEncoder3d
+from torch import Tensor, nn
+
+from theworld_train.accounting.tokens import TEMPORAL_COMPRESSION, latent_frames
+
+
+def vae_config(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the full config of the VAE: the class's defaults, which are Wan 2.1's, with `overrides`."""
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(AutoencoderKLWan.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | {key: value for key, value in (overrides or {}).items() if key in defaults}
+
+
+class WorldEncoder(nn.Module):
+    """Encoder and quant conv of `AutoencoderKLWan`; parameters carry the names they have there.
+
+    The mode of the posterior is normalised by the `latents_mean` and `latents_std` of the VAE's config. The caches of
+    the causal convolutions live in the call, so one instance may serve several threads.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Args: config: the VAE's config as diffusers writes it."""
+        super().__init__()
+        config = vae_config(config)
+        if config["patch_size"] is not None:
+            raise ValueError(
+                "VAEs that patchify their input (Wan 2.2) are not supported; Cosmos-Predict2 uses Wan 2.1's"
+            )
+        z_dim = int(config["z_dim"])
+        self.z_dim = z_dim
+        self.encoder = WanEncoder3d(
+            in_channels=config["in_channels"],
+            dim=config["base_dim"],
+            z_dim=2 * z_dim,
+            dim_mult=list(config["dim_mult"]),
+            num_res_blocks=config["num_res_blocks"],
+            attn_scales=list(config["attn_scales"]),
+            temperal_downsample=list(config["temperal_downsample"]),
+            dropout=config["dropout"],
+            is_residual=config["is_residual"],
+        )
+        self.quant_conv = WanCausalConv3d(2 * z_dim, 2 * z_dim, 1)
+        self._latents_mean = tuple(float(value) for value in config["latents_mean"])
+        self._latents_std = tuple(float(value) for value in config["latents_std"])
+        self._cached_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Encodes clips.
+
+        Args:
+            frames: `(clips, 3, 1 + 4k, height, width)` in [-1, 1].
+
+        Returns:
+            Normalised latents `(clips, channels, 1 + k, height / 8, width / 8)` in the encoder's dtype.
+
+        Raises:
+            ValueError: If the number of frames is not 1 + 4k.
+        """
+        with torch.autocast(frames.device.type, enabled=False):
+            return self._encode(frames.to(self.quant_conv.weight.dtype))
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        steps = latent_frames(frames.shape[2]) - 1
+        cache: list[Tensor | None] = [None] * self._cached_convs
+        chunks = [self.encoder(frames[:, :, :1], feat_cache=cache, feat_idx=[0])]
+        for step in range(steps):
+            start = 1 + TEMPORAL_COMPRESSION * step
+            chunk = frames[:, :, start : start + TEMPORAL_COMPRESSION]
+            chunks.append(self.encoder(chunk, feat_cache=cache, feat_idx=[0]))
+        mode = self.quant_conv(torch.cat(chunks, dim=2))[:, : self.z_dim]
+        mean, std = self._statistic(self._latents_mean, mode), self._statistic(self._latents_std, mode)
+        latents: Tensor = (mode - mean) / std
+        return latents
+
+    @classmethod
+    def from_vae(cls, vae: AutoencoderKLWan) -> WorldEncoder:
+        """Returns an encoder with copies of a whole VAE's weights; its decoder is left behind."""
+        encoder = cls(dict(vae.config)).to(vae.quant_conv.weight.device, vae.quant_conv.weight.dtype)
+        encoder.encoder.load_state_dict(vae.encoder.state_dict())
+        encoder.quant_conv.load_state_dict(vae.quant_conv.state_dict())
+        return encoder
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """Returns the posterior's mode, as the VAE's decoder expects it, from normalised latents."""
+        return latents * self._statistic(self._latents_std, latents) + self._statistic(self._latents_mean, latents)
+
+    def _statistic(self, values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
+
+    def encode_blocks(self, frames: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """Encodes world blocks of several lengths, each length in one call.
+
+        Args:
+            frames: `(sum(counts), 3, height, width)` in [-1, 1], the blocks one after the other.
+            counts: Frames of each block, 1 + 4k.
+
+        Returns:
+            Latents `(latent frames of all blocks, channels, height / 8, width / 8)` in the order of the blocks, and the
+            latent frames of each block.
+        """
+        blocks = frames.split(list(counts))
+        latents: list[Tensor] = [frames] * len(blocks)
+        for length in sorted(set(counts)):
+            members = [index for index, count in enumerate(counts) if count == length]
+            encoded = self(torch.stack([blocks[index] for index in members]).transpose(1, 2))
+            for index, latent in zip(members, encoded.transpose(1, 2), strict=True):
+                latents[index] = latent
+        return torch.cat(latents), tuple(latent_frames(count) for count in counts)

@@ -1,0 +1,1 @@
+"""Stages one after the other, each a process of its own."""

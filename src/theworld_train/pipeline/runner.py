@@ -1,0 +1,184 @@
+"""Runs a pipeline: each stage in its own process, each starting from the one before, going on where it was."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from theworld_train.config import format_overrides, load_run_config
+from theworld_train.config.errors import ConfigError, Problem, did_you_mean
+from theworld_train.config.schema import PipelineConfig, RunConfig
+
+RESULT_FILE = "result.json"
+EVALUATION_FILE = "evaluation.json"
+SUMMARY_FILE = "summary.json"
+
+
+class StageFailedError(Exception):
+    """Raised when a stage's process ends with another exit code than 0."""
+
+    def __init__(self, stage: str, command: Sequence[str], returncode: int) -> None:
+        """Args: stage: its name. command: what was run. returncode: how it ended."""
+        self.returncode = returncode
+        super().__init__(f"stage {stage!r} ended with exit code {returncode}: {' '.join(command)}")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, ready to run.
+
+    Attributes:
+        config: Its resolved run config.
+        command: Its training command.
+        evaluation: The command that measures its checkpoint, or None.
+    """
+
+    config: RunConfig
+    command: tuple[str, ...]
+    evaluation: tuple[str, ...] | None
+
+    @property
+    def directory(self) -> Path:
+        """The stage's run directory."""
+        return Path(self.config.output_dir)
+
+
+def plan_stages(pipeline: PipelineConfig) -> list[StagePlan]:
+    """Resolves every stage before the first one runs.
+
+    Raises:
+        ConfigError: With the problems of all stages, or if two stages have one name.
+    """
+    plans: list[StagePlan] = []
+    previous: Path | None = None
+    problems: list[Problem] = []
+    for stage in pipeline.stages:
+        name = load_run_config(stage.config, format_overrides(stage.overrides)).name
+        directory = Path(pipeline.output_dir) / name
+        if any(plan.config.name == name for plan in plans):
+            problems.append(Problem(f"two stages are called {name!r}", key="stages", hint="give one another `name`"))
+        # Its rates and data are the stage's own; where it writes and what it starts from are the pipeline's.
+        values: dict[str, Any] = {**stage.overrides, "output_dir": str(directory), "resume": "latest"}
+        if previous is not None:
+            values["init_from"] = str(previous)
+        overrides = format_overrides(values)
+        config = load_run_config(stage.config, overrides)
+        module = ("-m", "theworld_train", "train", stage.config, *overrides)
+        command = (*pipeline.launcher, *module) if pipeline.launcher else (sys.executable, *module)
+        evaluation = None
+        if pipeline.evaluation is not None and is_measured(pipeline, config):
+            flags = [word for ablation in pipeline.evaluation.ablations for word in ("--ablation", ablation)]
+            out = str(directory / EVALUATION_FILE)
+            evaluation = (sys.executable, "-m", "theworld_train", "evaluate", str(directory), *flags, "--json", out)
+        plans.append(StagePlan(config, tuple(command), evaluation))
+        previous = directory
+    measured = () if pipeline.evaluation is None else pipeline.evaluation.stages or ()
+    names = [plan.config.name for plan in plans]
+    problems += [
+        Problem(f"no stage is called {name!r}", key="evaluation.stages", hint=did_you_mean(name, names))
+        for name in measured
+        if name not in names
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return plans
+
+
+def is_measured(pipeline: PipelineConfig, stage: RunConfig) -> bool:
+    """Whether a stage's checkpoint is measured after it."""
+    wanted = pipeline.evaluation
+    return wanted is not None and stage.data.eval is not None and (wanted.stages is None or stage.name in wanted.stages)
+
+
+def run_pipeline(pipeline: PipelineConfig, console: Console) -> dict[str, Any]:
+    """Runs what is left of a pipeline and writes its summary.
+
+    Returns:
+        The summary, which `summary.json` holds too.
+
+    Raises:
+        ConfigError: If a stage's config has changed since its run directory was written.
+        StageFailedError: If a stage's process fails; the pipeline goes on there when it is run again.
+    """
+    plans = plan_stages(pipeline)
+    for plan in plans:
+        _refuse_changed(plan)
+    rerun = False
+    for number, plan in enumerate(plans, start=1):
+        title = f"stage {number}/{len(plans)} {plan.config.name}"
+        if (plan.directory / RESULT_FILE).is_file() and not rerun:
+            console.print(f"{title}: complete already", highlight=False)
+        else:
+            rerun = True
+            console.print(f"{title}: {' '.join(plan.command)}", highlight=False, markup=False, soft_wrap=True)
+            _call(plan.config.name, plan.command)
+        if plan.evaluation is not None and (rerun or not (plan.directory / EVALUATION_FILE).is_file()):
+            _call(plan.config.name, plan.evaluation)
+    summary = summarise(pipeline, plans)
+    path = Path(pipeline.output_dir) / SUMMARY_FILE
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=1))
+    partial.replace(path)
+    return summary
+
+
+def _call(stage: str, command: Sequence[str]) -> None:
+    returncode = subprocess.run(list(command), check=False).returncode
+    if returncode:
+        raise StageFailedError(stage, command, returncode)
+
+
+def _refuse_changed(plan: StagePlan) -> None:
+    """Refuses a run directory that another config has written: its checkpoint would be taken for this one's."""
+    path = plan.directory / "config.yaml"
+    if not path.is_file():
+        return
+    written = load_run_config(str(path))
+    theirs, ours = written.model_dump(mode="json"), plan.config.model_dump(mode="json")
+    # What a lock file has pinned is no change of the config.
+    pins = {key for key in _flat(ours) if key.endswith("revision") and _flat(ours)[key] is None}
+    different = sorted(
+        key
+        for key in (_flat(theirs).keys() | _flat(ours).keys()) - pins
+        if _flat(theirs).get(key) != _flat(ours).get(key)
+    )
+    if different:
+        shown = ", ".join(
+            f"{key}: {_flat(theirs).get(key)!r} there, {_flat(ours).get(key)!r} now" for key in different[:5]
+        )
+        raise ConfigError(
+            Problem(
+                f"was written by another config ({shown})",
+                source=str(plan.directory),
+                hint="remove it to run the stage again, or choose another output_dir for the pipeline",
+            )
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def summarise(pipeline: PipelineConfig, plans: Sequence[StagePlan]) -> dict[str, Any]:
+    """Collects the results that the stages have written."""
+    stages = []
+    for plan in plans:
+        entry = {"name": plan.config.name, "directory": str(plan.directory)}
+        entry |= json.loads((plan.directory / RESULT_FILE).read_text())
+        evaluation = plan.directory / EVALUATION_FILE
+        entry["ablations"] = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+        stages.append(entry)
+    return {"pipeline": pipeline.name, "stages": stages}

@@ -1,0 +1,1 @@
+"""Training: freezing, the step, the loop, and what is written to disk."""

@@ -1,0 +1,134 @@
+"""Measuring a stage on held-out samples: loss, and how many answers are exactly right."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from theworld_train.batch import IGNORE_INDEX, Batch
+from theworld_train.data import EvaluationBatch
+from theworld_train.train.loss import num_chunks
+from theworld_train.train.runtime import Runtime
+from theworld_train.train.stage import Features, StageModule
+
+#: Name of the accuracy over all kinds of question.
+TOTAL = "total"
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What an evaluation has measured.
+
+    Attributes:
+        loss: Mean cross entropy in nats per supervised token.
+        accuracy: Share of samples whose every supervised token is predicted from the reference before it, by kind and
+            (`total`) over all kinds. With one assistant turn this is the share that greedy decoding answers exactly.
+        samples: Number of samples by kind.
+    """
+
+    loss: float
+    accuracy: Mapping[str, float]
+    samples: Mapping[str, int]
+
+    def metrics(self, prefix: str = "eval") -> dict[str, float]:
+        """Returns the result as flat metrics."""
+        return {f"{prefix}/loss": self.loss} | {
+            f"{prefix}/accuracy/{kind}": value for kind, value in self.accuracy.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as JSON-ready values."""
+        return {"loss": self.loss, "accuracy": dict(self.accuracy), "samples": dict(self.samples)}
+
+
+class EvaluationTally:
+    """Adds up batches of one rank; `result` adds up ranks."""
+
+    def __init__(self) -> None:
+        """Starts from nothing."""
+        self._loss = 0.0
+        self._tokens = 0
+        self._right: dict[str, int] = defaultdict(int)
+        self._samples: dict[str, int] = defaultdict(int)
+
+    def add(self, batch: Batch, counted: tuple[bool, ...], loss_sum: float, predictions: Tensor) -> None:
+        """Adds a batch whose samples all count, or those of a mixed one that do.
+
+        Args:
+            batch: The batch.
+            counted: Of each sample, whether it counts.
+            loss_sum: Loss summed over the supervised tokens of the counted samples.
+            predictions: `(supervised tokens,)` in row-major order.
+        """
+        labels = batch.labels[:, 1:]
+        supervised = labels != IGNORE_INDEX
+        right = torch.ones_like(supervised)
+        right[supervised] = predictions == labels[supervised]
+        exact = right.all(-1).tolist()
+        self._loss += loss_sum
+        for row, counts in enumerate(counted):
+            if counts:
+                kind = batch.kinds[row]
+                self._tokens += int(supervised[row].sum())
+                self._right[kind] += bool(exact[row])
+                self._samples[kind] += 1
+
+    def result(self, runtime: Runtime) -> EvaluationResult:
+        """Returns the sums over all ranks."""
+        ranks = runtime.gather((self._loss, self._tokens, dict(self._right), dict(self._samples)))
+        kinds = sorted({kind for *_, samples in ranks for kind in samples})
+        right = {kind: sum(part[2].get(kind, 0) for part in ranks) for kind in kinds}
+        samples = {kind: sum(part[3].get(kind, 0) for part in ranks) for kind in kinds}
+        accuracy = {kind: right[kind] / samples[kind] for kind in kinds}
+        if len(kinds) > 1:
+            accuracy[TOTAL] = sum(right.values()) / sum(samples.values())
+        loss, tokens = sum(part[0] for part in ranks), sum(part[1] for part in ranks)
+        return EvaluationResult(loss / max(1, tokens), accuracy, samples)
+
+
+@torch.no_grad()
+def score(
+    stage: StageModule,
+    wrapped: nn.Module,
+    item: EvaluationBatch,
+    features: Features,
+    chunks: int,
+    tally: EvaluationTally,
+) -> None:
+    """Runs one batch through the stage, in one call, and adds it to a tally; samples that do not count are left out."""
+    batch = item.batch
+    if not all(item.counted):
+        dropped = ~torch.tensor(item.counted, device=batch.labels.device)
+        batch = replace(batch, labels=batch.labels.masked_fill(dropped.unsqueeze(-1), IGNORE_INDEX))
+    output = wrapped(batch, features, chunks, want_predictions=True)
+    assert output.predictions is not None
+    tally.add(batch, item.counted, float(output.loss_sum), output.predictions)
+
+
+def evaluate(
+    stage: StageModule,
+    wrapped: nn.Module,
+    batches: Iterable[EvaluationBatch],
+    runtime: Runtime,
+) -> EvaluationResult:
+    """Measures a stage on held-out batches; every rank makes equally many calls.
+
+    Args:
+        stage: The stage.
+        wrapped: The same, as the engine wrapped it.
+        batches: This rank's batches.
+        runtime: The process group.
+    """
+    tally = EvaluationTally()
+    wrapped.eval()
+    for item in batches:
+        moved = EvaluationBatch(item.batch.to(runtime.device), item.counted, item.dropped)
+        chunks = int(runtime.reduce_max([num_chunks(moved.batch.num_supervised, stage.chunk_size)])[0])
+        score(stage, wrapped, moved, stage.encode(moved.batch), chunks, tally)
+    stage.set_training_modes()
+    return tally.result(runtime)

@@ -1,0 +1,166 @@
+"""Freezing: the one place where a stage's trainable table becomes gradients, dtypes and modes of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from theworld_train.config.components import Component
+from theworld_train.config.errors import ConfigError
+from theworld_train.model.components import TRAITS, component_modules, component_parameters
+from theworld_train.model.modeling import TheWorldForConditionalGeneration
+from theworld_train.train.digest import digests
+
+Precision = Literal["bf16", "fp32"]
+
+
+def apply_trainable(
+    model: TheWorldForConditionalGeneration,
+    trainable: Collection[Component],
+    precision: Precision,
+    world_encoder_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Makes exactly the named components trainable, and stores every parameter in its dtype.
+
+    What trains is stored in fp32 (its master weights); under `bf16` what is frozen is stored in bf16, but for the world
+    encoder, whose latents shift in bf16. Buffers keep their dtypes: rotary frequencies must stay fp32.
+
+    Args:
+        model: The model; loaded in the dtypes of its checkpoint, so that masters start unrounded.
+        trainable: Components that train.
+        precision: Of the run.
+        world_encoder_dtype: Of the world encoder while it is frozen.
+
+    Raises:
+        ConfigError: If a component is named that the model does not have.
+    """
+    modules = component_modules(model)
+    if absent := [component.value for component in trainable if component not in modules]:
+        raise ConfigError(f"the model has no {', '.join(absent)}: it was built without a world path")
+    for component, module in modules.items():
+        trains = component in trainable
+        for parameter in module.parameters():
+            parameter.requires_grad_(trains)
+            if trains or precision == "fp32":
+                dtype = torch.float32
+            else:
+                dtype = world_encoder_dtype if component is Component.WORLD_ENCODER else torch.bfloat16
+            parameter.data = parameter.data.to(dtype)
+    _pin_embedding_scale(model, precision)
+    set_modes(model, trainable)
+
+
+def _pin_embedding_scale(model: TheWorldForConditionalGeneration, precision: Precision) -> None:
+    """Gives the factor on token embeddings one value for a precision.
+
+    Gemma 3 rounds it to the embedding's dtype, so that fp32 masters under autocast would compute with 50.596 where bf16
+    weights compute with 50.5 (hidden size 2560).
+    """
+    embedding: Any = model.get_input_embeddings()
+    scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32)
+    if precision == "bf16":
+        scale = scale.to(torch.bfloat16)
+    embedding.embed_scale = scale.float().to(embedding.weight.device)
+
+
+def set_modes(model: TheWorldForConditionalGeneration, trainable: Collection[Component]) -> None:
+    """Sets train mode where something trains and eval mode, hence no dropout, where nothing does.
+
+    Transformers checkpoints a layer only while the layer itself is in train mode, so checkpointed layers of a frozen
+    component are in train mode and everything inside of them, where dropout lives, is not.
+    """
+    for component, module in component_modules(model).items():
+        module.train(component in trainable)
+        for layer in module.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+
+
+def enable_checkpointing(model: TheWorldForConditionalGeneration) -> None:
+    """Switches gradient checkpointing on in the vision tower's and the language model's layers, non-reentrant."""
+    model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def frozen_and_trainable(
+    model: TheWorldForConditionalGeneration,
+) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Returns the frozen and the trainable parameters of the whole model by name."""
+    every = {name: parameter for group in component_parameters(model).values() for name, parameter in group.items()}
+    frozen = {name: parameter for name, parameter in every.items() if not parameter.requires_grad}
+    return frozen, {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+
+
+class FreezingCheck:
+    """Compares the weights before and after a step: what is frozen is bit-identical, and all that trains has moved."""
+
+    def __init__(self, model: TheWorldForConditionalGeneration) -> None:
+        """Takes the fingerprints before the step."""
+        self._model = model
+        frozen, trainable = frozen_and_trainable(model)
+        self._frozen, self._trainable = digests(frozen), digests(trainable)
+
+    def verify(self, *, clips_seen: bool, stepped: Collection[str] = ()) -> None:
+        """Takes them again after the step.
+
+        Args:
+            clips_seen: Whether the step saw a clip of several frames; parameters that act on clips alone may stay
+                otherwise.
+            stepped: Parameters that the optimizer has taken a gradient of: at the first step of a long warmup a rate
+                may be too small to change any bit of them.
+
+        Raises:
+            ConfigError: If a frozen tensor has changed, or a trainable one has not.
+        """
+        frozen, trainable = frozen_and_trainable(self._model)
+        exempt = exempt_parameters(self._model, clips_seen=clips_seen)
+        changed = [name for name, value in digests(frozen).items() if self._frozen[name] != value]
+        after = digests(trainable)
+        still = [
+            name
+            for name, value in after.items()
+            if self._trainable[name] == value and name not in exempt and name not in stepped
+        ]
+        if changed or still:
+            parts = []
+            if changed:
+                parts.append(f"frozen tensors that changed: {_listed(changed)}")
+            if still:
+                parts.append(f"trainable tensors that did not move: {_listed(still)}")
+            raise ConfigError(
+                "the first step did not train what the config says; "
+                + "; ".join(parts)
+                + " (training.verify_freezing: false switches this check off)"
+            )
+
+
+def exempt_parameters(model: TheWorldForConditionalGeneration, *, clips_seen: bool) -> frozenset[str]:
+    """Returns trainable parameters that a step may leave alone, as their components declare it."""
+    names = set()
+    for component, parameters in component_parameters(model).items():
+        traits = TRAITS[component]
+        for name in parameters:
+            idle = not clips_seen and any(part in name for part in traits.clip_only)
+            if idle or name.endswith(traits.zero_gradient):
+                names.add(name)
+    return frozenset(names)
+
+
+def _listed(names: Collection[str], most: int = 8) -> str:
+    shown = sorted(names)[:most]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def parameter_counts(model: TheWorldForConditionalGeneration) -> Mapping[Component, tuple[int, int]]:
+    """Returns total and trainable parameters of each component."""
+    return {
+        component: (
+            sum(parameter.numel() for parameter in parameters.values()),
+            sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad),
+        )
+        for component, parameters in component_parameters(model).items()
+    }

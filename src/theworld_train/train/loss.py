@@ -1,0 +1,88 @@
+"""The loss: cross entropy at supervised positions alone, in chunks, in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from theworld_train.batch import IGNORE_INDEX
+
+
+class LossOutput(NamedTuple):
+    """What a forward pass yields.
+
+    Attributes:
+        loss_sum: Cross entropy in nats, summed over the supervised tokens of this batch.
+        predictions: `(supervised tokens,)` the most likely token at each supervised position, if asked for.
+    """
+
+    loss_sum: Tensor
+    predictions: Tensor | None
+
+
+def num_chunks(num_supervised: int, chunk_size: int) -> int:
+    """Returns the chunks that so many supervised positions take; one at least, so that every rank calls the head."""
+    return max(1, -(-num_supervised // chunk_size))
+
+
+def supervised_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Module,
+    *,
+    chunk_size: int,
+    chunks: int,
+    never_generated: Sequence[int] = (),
+    want_predictions: bool = False,
+) -> LossOutput:
+    """Computes the loss of next-token prediction from hidden states.
+
+    Logits exist for one chunk at a time and are recomputed in the backward pass where there are several.
+
+    Args:
+        hidden: `(batch, sequence, hidden)`, the language model's output.
+        labels: `(batch, sequence)`, -100 where not supervised; the token itself elsewhere.
+        head: Maps hidden states to logits; called as a module, so that engines that shard it can gather it.
+        chunk_size: Positions in a chunk.
+        chunks: Chunks to compute, at least as many as needed; surplus ones are empty. All ranks pass the same number.
+        never_generated: Ids that generation suppresses, which therefore cannot be predictions.
+        want_predictions: Whether to return predictions.
+
+    Returns:
+        The summed loss and, if asked for, the predictions in row-major order of the supervised positions.
+    """
+    places = labels[:, 1:] != IGNORE_INDEX
+    states, targets = hidden[:, :-1][places], labels[:, 1:][places]
+    assert len(targets) <= chunks * chunk_size, f"{len(targets)} supervised positions do not fit {chunks} chunks"
+
+    def compute(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(part).float()
+        loss = functional.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        if not want_predictions:
+            return loss, target
+        if never_generated:
+            logits = logits.index_fill(-1, torch.tensor(list(never_generated), device=logits.device), -torch.inf)
+        return loss, logits.argmax(-1)
+
+    losses, predictions = [], []
+    for index in range(chunks):
+        part = states[index * chunk_size : (index + 1) * chunk_size]
+        target = targets[index * chunk_size : (index + 1) * chunk_size]
+        empty = not len(part)
+        if empty:
+            # Keeps the graph, and the number of calls, equal on every rank; adds a loss of zero.
+            part, target = hidden[:1, 0] * 0.0, labels.new_full((1,), IGNORE_INDEX)
+        if chunks > 1 and torch.is_grad_enabled():
+            loss, predicted = checkpoint(compute, part, target, use_reentrant=False)
+        else:
+            loss, predicted = compute(part, target)
+        losses.append(loss)
+        if not empty:
+            predictions.append(predicted)
+    predicted_all = torch.cat(predictions) if predictions else targets
+    return LossOutput(torch.stack(losses).sum(), predicted_all if want_predictions else None)

@@ -1,0 +1,166 @@
+"""The process group: the only place that knows Accelerate, ranks and devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.distributed import ReduceOp
+
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import RunConfig
+
+T = TypeVar("T")
+
+
+class Runtime:
+    """One rank's view of the run's process group."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Forms the process group that the launcher has announced, or none for a single process.
+
+        Raises:
+            ConfigError: If the launcher asks for another engine than the config.
+        """
+        _refuse_other_engines(config)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(mode=True)
+        # Convolutions are fp32 where they say so: the default on GPUs since Ampere would round their inputs to 10 bits.
+        torch.backends.cudnn.allow_tf32 = False
+        timeout = timedelta(seconds=config.runtime.timeout_s)
+        # Precision and accumulation are the trainer's: autocast over fp32 masters, and a scale on each backward.
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            log_with=list(config.tracking.trackers) or None,
+            project_dir=config.output_dir,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's device."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Wraps a module for the strategy; returns it unchanged on a single process."""
+        wrapped: nn.Module = self.accelerator.prepare_model(module)
+        return wrapped
+
+    def accumulating(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Returns a context in which gradients are reduced over ranks only if the micro-batch is the window's last."""
+        return nullcontext() if last else self.accelerator.no_sync(wrapped)
+
+    def backward(self, loss_sum: Tensor, num_supervised: int) -> None:
+        """Adds the gradient of a micro-batch's share of the window's mean loss.
+
+        DDP averages gradients over ranks; the factor `world_size` turns that average into the sum.
+
+        Args:
+            loss_sum: Summed loss of this rank's micro-batch.
+            num_supervised: Supervised tokens of the whole window over all ranks.
+        """
+        self.accelerator.backward(loss_sum * (self.world_size / max(1, num_supervised)))
+
+    def reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Returns each value summed over ranks, in fp64."""
+        return self._reduce(values, ReduceOp.SUM)
+
+    def reduce_max(self, values: Sequence[float]) -> list[float]:
+        """Returns each value's maximum over ranks."""
+        return self._reduce(values, ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], operation: ReduceOp.RedOpType) -> list[float]:
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, operation)
+        return [float(value) for value in tensor.tolist()]
+
+    def gather(self, value: T) -> list[T]:
+        """Returns a small picklable value of every rank, in the order of ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return cast(list[T], values)
+
+    def wait(self) -> None:
+        """Waits for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    def agree_on_failure(self, error: Exception | None) -> None:
+        """Raises on every rank if any rank has failed, so that none is left waiting in a collective.
+
+        Raises:
+            Exception: This rank's own error.
+            ConfigError: If only another rank has one.
+        """
+        failed = self.reduce_max([error is not None])[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise ConfigError("another rank has stopped; its own message says why")
+
+    def start_trackers(self, project: str, run_name: str, settings: Mapping[str, Any], directory: Path) -> None:
+        """Starts the trackers of the config; the caller has set wandb's mode in the environment."""
+        options = {"wandb": {"name": run_name, "dir": str(directory)}}
+        used = {
+            name: options[name]
+            for name in options
+            if name in [getattr(t, "value", t) for t in self.accelerator.log_with]
+        }
+        self.accelerator.init_trackers(project, config=dict(settings), init_kwargs=used)
+
+    def track(self, metrics: Mapping[str, float], step: int) -> None:
+        """Sends metrics to the trackers."""
+        self.accelerator.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Ends trackers and the process group."""
+        self.accelerator.end_training()
+
+
+def _refuse_other_engines(config: RunConfig) -> None:
+    """Refuses an engine that `accelerate launch` was told to use and the config was not."""
+    problems = [
+        Problem(
+            f"`accelerate launch` asks for {name}, but runtime.strategy is {config.runtime.strategy!r}",
+            source="environment",
+            key=variable,
+            hint="launch with --multi_gpu (or torchrun); the strategy is set in the run config",
+        )
+        for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"))
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes")
+    ]
+    if problems:
+        raise ConfigError(problems)

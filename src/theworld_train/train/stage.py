@@ -1,0 +1,190 @@
+"""The step's forward pass: what an engine wraps, and the frozen encoders that stay outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from theworld_train.batch import Batch
+from theworld_train.config.components import Component
+from theworld_train.model.components import TRAITS, component_modules
+from theworld_train.model.modeling import TheWorldForConditionalGeneration
+from theworld_train.train.freeze import Precision, enable_checkpointing, set_modes
+from theworld_train.train.loss import LossOutput, supervised_loss
+
+
+@dataclass(frozen=True)
+class Features:
+    """A batch's visual inputs, encoded already where the encoder is frozen.
+
+    Attributes:
+        image_states: Patch features of the vision tower, or None if it trains (or there are no images).
+        pixel_values: Pixels for a vision tower that trains.
+        world_latents: Normalised latents, or None if the world encoder trains (or there are no world blocks).
+        world_frames: Frames for a world encoder that trains.
+        frame_counts: Frames of each world block.
+    """
+
+    image_states: Tensor | None = None
+    pixel_values: Tensor | None = None
+    world_latents: Tensor | None = None
+    world_frames: Tensor | None = None
+    frame_counts: tuple[int, ...] = ()
+
+
+class StageModule(nn.Module):
+    """The components that train or carry gradients, with the loss: the module that an engine wraps.
+
+    A frozen encoder is no part of it: nothing trainable feeds it, so `encode` runs it beforehand without a graph, in
+    its own dtype, and no engine ever casts or shards it. The whole model stays reachable as `model`.
+    """
+
+    def __init__(
+        self,
+        model: TheWorldForConditionalGeneration,
+        trainable: Collection[Component],
+        *,
+        precision: Precision,
+        chunk_size: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        """Builds the stage around a model that `apply_trainable` has prepared.
+
+        Args:
+            model: The model.
+            trainable: Components that train.
+            precision: `bf16` runs under autocast with the residual stream in bf16.
+            chunk_size: Supervised positions whose logits are held at once.
+            gradient_checkpointing: Whether layers are recomputed in the backward pass.
+        """
+        super().__init__()
+        modules = component_modules(model)
+        outside = [component for component in modules if TRAITS[component].is_encoder and component not in trainable]
+        self.parts = nn.ModuleDict({c.value: module for c, module in modules.items() if c not in outside})
+        self.parts["lm_head"] = model.lm_head
+        self.trainable = frozenset(trainable)
+        self.chunk_size = chunk_size
+        self._gradient_checkpointing = gradient_checkpointing
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._model = (model,)  # a tuple hides the whole model from the module's own children
+        if gradient_checkpointing:
+            enable_checkpointing(model)
+        # The residual stream begins here; from fp32 masters it would begin, and stay, in fp32.
+        model.model.vision_tower.embeddings.register_forward_hook(lambda _module, _args, out: out.to(self._dtype))
+
+    @property
+    def model(self) -> TheWorldForConditionalGeneration:
+        """The whole model, frozen encoders included."""
+        return self._model[0]
+
+    def set_training_modes(self) -> None:
+        """Sets the modes of a training step; see `set_modes`."""
+        set_modes(self.model, self.trainable)
+
+    # -- outside of the engine --------------------------------------------------------------------------------------
+
+    def encode(self, batch: Batch) -> Features:
+        """Runs the frozen encoders over a batch, without a graph."""
+        trains_vision = Component.VISION_TOWER in self.trainable
+        trains_world = Component.WORLD_ENCODER in self.trainable
+        image_states = latents = None
+        with torch.no_grad(), self._autocast(batch.input_ids.device):
+            if batch.pixel_values is not None and not trains_vision:
+                image_states = self.model.encode_images(batch.pixel_values)
+            if batch.world_frames is not None and not trains_world:
+                latents = self.model.encode_world(batch.world_frames, batch.world_frame_counts)
+        return Features(
+            image_states=image_states,
+            pixel_values=batch.pixel_values if trains_vision else None,
+            world_latents=latents,
+            world_frames=batch.world_frames if trains_world else None,
+            frame_counts=batch.world_frame_counts,
+        )
+
+    # -- inside of the engine ---------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, features: Features, chunks: int, want_predictions: bool = False) -> LossOutput:
+        """Computes the summed loss of one micro-batch.
+
+        Args:
+            batch: The micro-batch.
+            features: What `encode` made of it.
+            chunks: Chunks of the loss, equal on all ranks.
+            want_predictions: Whether to return the most likely tokens too.
+        """
+        model = self.model
+        with self._autocast(batch.input_ids.device):
+            embeds = self._embed(batch, features).to(self._dtype)
+            hidden = model.model(
+                inputs_embeds=embeds,
+                attention_mask=batch.attention_mask,
+                token_type_ids=batch.token_type_ids,
+                use_cache=False,
+            ).last_hidden_state
+            return supervised_loss(
+                hidden,
+                batch.labels,
+                model.lm_head,
+                chunk_size=self.chunk_size,
+                chunks=chunks,
+                never_generated=model.config.world_token_ids if model.config.enable_world else (),
+                want_predictions=want_predictions,
+            )
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._dtype is torch.bfloat16)
+
+    def _embed(self, batch: Batch, features: Features) -> Tensor:
+        """Embeds the sequence; parts of the visual path that train run also where this rank has nothing for them."""
+        model = self.model
+        image_states, latents = features.image_states, features.world_latents
+        if features.pixel_values is not None:
+            image_states = model.encode_images(features.pixel_values)
+        if features.world_frames is not None:
+            latents = self._encode_world(features.world_frames, features.frame_counts)
+        image_features = None if image_states is None else model.model.multi_modal_projector(image_states)
+        latent_counts = tuple(1 + (count - 1) // 4 for count in features.frame_counts)
+        embeds = model.embed(batch.input_ids, image_features, latents, latent_counts)
+        idle = self._idle(batch.input_ids, image_states is None, latents is None, max(features.frame_counts, default=1))
+        return embeds if idle is None else embeds + idle.to(embeds.dtype)
+
+    def _encode_world(self, frames: Tensor, counts: tuple[int, ...]) -> Tensor:
+        encode = self.model.encode_world
+        if self._gradient_checkpointing and torch.is_grad_enabled():
+            # As a whole: inside, the causal convolutions hand their caches from chunk to chunk.
+            return checkpoint(encode, frames, counts, use_reentrant=False)  # type: ignore[no-any-return]
+        return encode(frames, counts)
+
+    def _idle(self, input_ids: Tensor, no_image: bool, no_world: bool, longest: int) -> Tensor | None:
+        """Returns a zero that depends on trainable visual parts which this batch does not use, or None.
+
+        Without it a rank that has no image, or no clip, would take part in fewer collectives than the others.
+        """
+        if not torch.is_grad_enabled():
+            return None
+        model = self.model
+        config: Any = model.config
+        used: list[Tensor] = []
+        vision = {Component.VISION_TOWER, Component.MULTI_MODAL_PROJECTOR} & self.trainable
+        world = {Component.WORLD_ENCODER, Component.WORLD_PROJECTOR} & self.trainable
+        if vision and no_image:
+            side = config.vision_config.image_size
+            states = model.encode_images(torch.zeros(1, 3, side, side, device=input_ids.device))
+            used.append(model.model.multi_modal_projector(states))
+        if world and no_world:
+            side = config.world_resolution
+            frames = torch.zeros(1, 3, side, side, device=input_ids.device)
+            used.append(model.world_projector(model.encode_world(frames, (1,)), (1,)))
+            used.append(model.world_projector.brackets())
+        if Component.WORLD_ENCODER in self.trainable and longest == 1:
+            clip_only = TRAITS[Component.WORLD_ENCODER].clip_only
+            named = model.world_encoder.named_parameters()
+            used += [parameter for name, parameter in named if any(part in f".{name}" for part in clip_only)]
+        if not used:
+            return None
+        return torch.stack([part.float().sum() * 0.0 for part in used]).sum()

@@ -1,0 +1,267 @@
+"""The trainer: optimizer steps from first to last, with metrics, evaluation and checkpoints on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from theworld_train.accounting.ledger import ParameterLedger
+from theworld_train.config.errors import ConfigError
+from theworld_train.config.schema import RunConfig
+from theworld_train.data import Dropped, EvaluationBatch, Window
+from theworld_train.train.checkpoint import random_state
+from theworld_train.train.evaluation import EvaluationResult, evaluate
+from theworld_train.train.freeze import FreezingCheck
+from theworld_train.train.groups import set_rates
+from theworld_train.train.ledger import check_wrapped
+from theworld_train.train.loss import num_chunks
+from theworld_train.train.metrics import MetricsFile, ProgressDisplay
+from theworld_train.train.runtime import Runtime
+from theworld_train.train.schedule import rate_factor
+from theworld_train.train.stage import StageModule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step has measured, over all ranks.
+
+    Attributes:
+        loss: Mean cross entropy per supervised token of the window, before the step.
+        grad_norm: Norm of the whole gradient before clipping.
+        rates: Learning rate by component.
+        supervised_tokens: Supervised tokens of the window.
+        tokens: Tokens of the window, padding not counted.
+        clips_seen: Whether the window held a clip of several frames.
+        dropped: Samples of all ranks that others have replaced.
+    """
+
+    loss: float
+    grad_norm: float
+    rates: dict[str, float]
+    supervised_tokens: int
+    tokens: int
+    clips_seen: bool
+    dropped: tuple[Dropped, ...]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run has come to.
+
+    Attributes:
+        steps: Optimizer steps done.
+        first_loss: Loss of the first step of this process.
+        last_loss: Loss of the last step.
+        evaluation: The last held-out measurement, if there is a held-out split.
+        checkpoint: The last checkpoint.
+    """
+
+    steps: int
+    first_loss: float | None
+    last_loss: float | None
+    evaluation: EvaluationResult | None
+    checkpoint: Path | None
+
+
+class Trainer:
+    """Runs the optimizer steps of one stage."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        ledger: ParameterLedger,
+        runtime: Runtime,
+        stage: StageModule,
+        optimizer: torch.optim.Optimizer,
+        max_steps: int,
+        first_step: int,
+        windows: Callable[[int, int], Generator[Window, None, None]],
+        held_out: Callable[[], Generator[EvaluationBatch, None, None]] | None,
+        save: Callable[[int, list[dict[str, Any]]], Path | None],
+        metrics: MetricsFile | None,
+        progress: ProgressDisplay | None,
+    ) -> None:
+        """Wraps the stage for the run's strategy.
+
+        Args:
+            config: The run config.
+            ledger: What the model was counted as; the wrapped one has to agree.
+            runtime: The process group.
+            stage: The model, frozen and trainable parts set.
+            optimizer: Over the trainable parameters.
+            max_steps: Optimizer steps of the whole run.
+            first_step: Steps done already.
+            windows: Given a first step and a number, this rank's share of the optimizer steps.
+            held_out: This rank's share of the held-out batches, if there are any.
+            save: Given the step and each rank's random state, writes a checkpoint (on the main rank).
+            metrics: The metrics file, on the main rank.
+            progress: The display, on the main rank.
+        """
+        self._config = config
+        self._runtime = runtime
+        self._stage = stage
+        self._wrapped: nn.Module = runtime.prepare(stage)
+        check_wrapped(ledger, self._wrapped)
+        self._optimizer = optimizer
+        self._max_steps = max_steps
+        self._first_step = first_step
+        self._windows = windows
+        self._held_out = held_out
+        self._save = save
+        self._metrics = metrics
+        self._progress = progress
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def run(self) -> TrainingResult:
+        """Trains from the first step to the last."""
+        check = FreezingCheck(self._stage.model) if self._config.training.verify_freezing else None
+        results: list[float] = []
+        evaluation: EvaluationResult | None = None
+        checkpoint: Path | None = None
+        self._stage.set_training_modes()
+        started = time.perf_counter()
+        windows = self._windows(self._first_step, self._max_steps - self._first_step)
+        try:
+            for window in windows:
+                waited = time.perf_counter() - started
+                result = self.step(window)
+                done = window.step + 1
+                if check is not None:
+                    self._agree(check, result)
+                    check = None
+                seconds = time.perf_counter() - started
+                self._report(done, result, seconds, waited)
+                results.append(result.loss)
+                if self._is_due(done, self._config.evaluation.every_steps):
+                    evaluation = self._evaluate(done)
+                if self._is_due(done, self._config.checkpoint.every_steps):
+                    checkpoint = self._checkpoint(done)
+                started = time.perf_counter()
+        finally:
+            windows.close()
+        if evaluation is None:
+            evaluation = self._evaluate(self._max_steps)
+        return TrainingResult(
+            steps=self._max_steps,
+            first_loss=results[0] if results else None,
+            last_loss=results[-1] if results else None,
+            evaluation=evaluation,
+            checkpoint=checkpoint,
+        )
+
+    # -- one step ---------------------------------------------------------------------------------------------------
+
+    def step(self, window: Window) -> StepResult:
+        """Takes one optimizer step.
+
+        The gradient is that of the loss summed over all supervised tokens of the window on all ranks, divided by their
+        number: it does not depend on ranks, micro-batches or accumulation.
+
+        Args:
+            window: This rank's micro-batches.
+        """
+        batches = [batch.to(self._runtime.device) for batch in window.micro_batches]
+        own = [batch.num_supervised for batch in batches]
+        counts = [sum(own), sum(batch.num_tokens for batch in batches), len(window.dropped)]
+        supervised, tokens, dropped = self._runtime.reduce_sum(counts)
+        if not supervised:
+            raise ConfigError(f"step {window.step + 1} holds no supervised token on any rank; look at the data")
+        chunk_size = self._stage.chunk_size
+        clips = max((max(batch.world_frame_counts, default=1) for batch in batches), default=1)
+        *chunks, longest = self._runtime.reduce_max([*(num_chunks(number, chunk_size) for number in own), clips])
+        rates = set_rates(self._optimizer, rate_factor(self._config.schedule, window.step, self._max_steps))
+        loss_sum = 0.0
+        for index, batch in enumerate(batches):
+            features = self._stage.encode(batch)
+            with self._runtime.accumulating(self._wrapped, last=index == len(batches) - 1):
+                output = self._wrapped(batch, features, int(chunks[index]))
+                self._runtime.backward(output.loss_sum, int(supervised))
+            loss_sum += float(output.loss_sum.detach())
+        norm = self._clip()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        (loss_sum,) = self._runtime.reduce_sum([loss_sum])
+        return StepResult(
+            loss=loss_sum / supervised,
+            grad_norm=norm,
+            rates=rates,
+            supervised_tokens=int(supervised),
+            tokens=int(tokens),
+            clips_seen=longest > 1,
+            dropped=self._gather_dropped(window) if dropped else (),
+        )
+
+    def _gather_dropped(self, window: Window) -> tuple[Dropped, ...]:
+        return tuple(item for rank in self._runtime.gather(window.dropped) for item in rank)
+
+    def _clip(self) -> float:
+        """Clips the gradient if the config says so, and returns its norm before that."""
+        limit = self._config.training.gradient_clip_norm
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if limit is None else limit)
+        return float(norm)
+
+    # -- around the step --------------------------------------------------------------------------------------------
+
+    def _agree(self, check: FreezingCheck, result: StepResult) -> None:
+        """Verifies freezing on every rank; all ranks stop if one finds fault."""
+        error: ConfigError | None = None
+        try:
+            check.verify(clips_seen=result.clips_seen, stepped=self._stepped())
+        except ConfigError as found:
+            error = found
+        self._runtime.agree_on_failure(error)
+
+    def _stepped(self) -> set[str]:
+        """Returns the names of the parameters whose first moment in the optimizer is not zero."""
+        moments = {
+            name: self._optimizer.state.get(parameter, {}).get("exp_avg")
+            for group in self._optimizer.param_groups
+            for name, parameter in zip(group["parameter_names"], group["params"], strict=True)
+        }
+        return {name for name, moment in moments.items() if moment is not None and bool(moment.any())}
+
+    def _is_due(self, done: int, interval: int | None) -> bool:
+        return done == self._max_steps or (interval is not None and done % interval == 0)
+
+    def _report(self, done: int, result: StepResult, seconds: float, waited: float) -> None:
+        values: dict[str, float] = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/supervised_tokens": result.supervised_tokens,
+            "train/tokens": result.tokens,
+            "time/step_s": seconds,
+            "time/data_wait_s": waited,
+        } | {f"lr/{name}": rate for name, rate in result.rates.items()}
+        if self._metrics is not None:
+            dropped = [vars(item) for item in result.dropped]
+            self._metrics.write("train", done, {**values, "loss_hex": result.loss.hex(), "dropped": dropped})
+        if done % self._config.tracking.log_every_steps == 0:
+            self._runtime.track(values, done)
+        if self._progress is not None:
+            speed = result.tokens / max(seconds, 1e-9)
+            self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
+
+    def _evaluate(self, done: int) -> EvaluationResult | None:
+        if self._held_out is None:
+            return None
+        result = evaluate(self._stage, self._wrapped, self._held_out(), self._runtime)
+        values = result.metrics()
+        if self._metrics is not None:
+            self._metrics.write("eval", done, {**values, "samples": dict(result.samples)})
+        self._runtime.track(values, done)
+        if self._progress is not None:
+            shown = "  ".join(f"{kind} {value:.1%}" for kind, value in result.accuracy.items())
+            self._progress.say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}")
+        return result
+
+    def _checkpoint(self, done: int) -> Path | None:
+        path = self._save(done, self._runtime.gather(random_state()))
+        self._runtime.wait()
+        return path

@@ -1,0 +1,66 @@
+"""Protects `validate`: every file is reported, the exit code tells, and overrides hold for all files."""
+
+from __future__ import annotations
+
+
+def test_a_good_config_is_ok(folder, call):
+    assert call("validate", "good.yaml") == (0, "ok     good.yaml: run 'good' trains world_projector\n", "")
+
+
+def test_a_wrong_one_is_listed_with_all_its_problems(folder, call):
+    code, out, err = call("validate", "wrong.yaml")
+    assert (code, out) == (2, "wrong  wrong.yaml\n")
+    assert err.splitlines() == [
+        "2 problems in wrong.yaml",
+        "  seed: expected a whole number (got 'x')",
+        "  optimizer.lr: expected a number > 0 (got -1)",
+    ]
+
+
+def test_every_file_is_reported_though_one_is_wrong(folder, call):
+    code, out, err = call("validate", "wrong.yaml", "missing.yaml", "good.yaml", "pipeline.yaml")
+    assert code == 2
+    assert [line.split()[0] for line in out.splitlines()] == ["wrong", "wrong", "ok", "ok"]
+    assert "1 problem in missing.yaml" in err
+
+
+def test_overrides_hold_for_every_file(folder, call):
+    code, out, _ = call("validate", "good.yaml", "pipeline.yaml", "name=other")
+    assert code == 0
+    assert "run 'other'" in out
+    assert "pipeline 'other'" in out
+
+
+def test_an_override_can_be_wrong(folder, call):
+    code, _, err = call("validate", "good.yaml", "optimizer.lrr=1")
+    assert code == 2
+    assert "1 problem on the command line\n  optimizer.lrr: unknown key; did you mean 'optimizer.lr'?" in err
+
+
+def test_a_pipeline_is_checked_with_its_stages(folder, call):
+    assert call("validate", "pipeline.yaml") == (0, "ok     pipeline.yaml: pipeline 'chain' of good, b\n", "")
+    (folder / "pipeline.yaml").write_text(
+        "name: chain\noutput_dir: o\nstages: [{config: wrong.yaml}, {config: good.yaml, overrides: {optimizer.lr: x}}]"
+    )
+    code, _, err = call("validate", "pipeline.yaml")
+    assert code == 2
+    assert "2 problems in wrong.yaml" in err
+    assert "1 problem in pipeline.yaml: stages[1].overrides\n  optimizer.lr: expected a number > 0 (got 'x')" in err
+
+
+def test_a_config_in_another_folder_is_named_as_the_user_named_it(folder, call):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "c.yaml").write_text("extends: ../wrong.yaml")
+    code, _, err = call("validate", "sub/c.yaml")
+    assert code == 2
+    assert "2 problems in wrong.yaml" in err
+
+
+def test_overrides_alone_are_no_configs(folder, call):
+    assert call("validate", "seed=3")[0] == 2
+
+
+def test_no_argument_is_a_usage_error(call):
+    code, _, err = call("validate")
+    assert code == 2
+    assert "Missing argument" in err

@@ -1,0 +1,236 @@
+"""Protects the words of errors: plain, all at once, at the right dotted key, with the nearest known name."""
+
+from __future__ import annotations
+
+import pytest
+
+from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_config, load_run_config
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "message", "hint"),
+    [
+        ("seed: 5.0", "seed", "expected a whole number", "write 5"),
+        ("seed: true", "seed", "expected a whole number", None),
+        ("seed: '5'", "seed", "expected a whole number", "write it without quotes"),
+        ("seed: 010", "seed", "expected a whole number", "write it without leading zeros"),
+        ("seed: [1]", "seed", "expected a whole number", None),
+        ("optimizer: {lr: 0}", "optimizer.lr", "expected a number > 0", None),
+        ("optimizer: {lr: .nan}", "optimizer.lr", "expected a number > 0", None),
+        ("optimizer: {lr: .inf}", "optimizer.lr", "expected a number > 0", None),
+        ("optimizer: {lr: '3e-4'}", "optimizer.lr", "expected a number > 0", "write it without quotes"),
+        ("optimizer: {lr: true}", "optimizer.lr", "expected a number > 0", None),
+        ("optimizer: {weight_decay: -1}", "optimizer.weight_decay", "expected a number >= 0", None),
+        ("schedule: {min_lr_ratio: 2}", "schedule.min_lr_ratio", "expected a number from 0 to 1", None),
+        ("schedule: {min_lr_ratio: .nan}", "schedule.min_lr_ratio", "expected a number from 0 to 1", None),
+        (
+            "optimizer: {betas: [0.9]}",
+            "optimizer.betas",
+            "expected a list of 2 values, each a number from 0 to 1",
+            None,
+        ),
+        (
+            "optimizer: {betas: [0.9, 0.9, 0.9]}",
+            "optimizer.betas",
+            "expected a list of 2 values, each a number from 0 to 1",
+            None,
+        ),
+        ("optimizer: {betas: []}", "optimizer.betas", "expected a list of 2 values, each a number from 0 to 1", None),
+        ("optimizer: {betas: [0.9, 2]}", "optimizer.betas[1]", "expected a number from 0 to 1", None),
+        ("deterministic: yes", "deterministic", "expected true or false", "write true"),
+        ("deterministic: 0", "deterministic", "expected true or false", "write false"),
+        ("deterministic: 'true'", "deterministic", "expected true or false", "write it without quotes"),
+        (
+            "name: a b",
+            "name",
+            "expected 1 to 64 letters, digits, dots, underscores and hyphens",
+            None,
+        ),
+        ("output_dir: ''", "output_dir", "expected text that is not empty", None),
+        ("model: {revision: 123}", "model.revision", "expected text, or null", "put it in quotes to make it text"),
+        ("precision: bfloat16", "precision", "expected one of bf16, fp32", "did you mean 'bf16'?"),
+        ("precision: BF16", "precision", "expected one of bf16, fp32", "did you mean 'bf16'?"),
+        ("precision: int4", "precision", "expected one of bf16, fp32", None),
+        (
+            "tracking: {trackers: wandb}",
+            "tracking.trackers",
+            "expected a list of values, each one of tensorboard, wandb",
+            "write [wandb]",
+        ),
+        (
+            "tracking: {trackers: [wandb, tensorbord]}",
+            "tracking.trackers[1]",
+            "expected one of tensorboard, wandb",
+            "did you mean 'tensorboard'?",
+        ),
+        (
+            "schedule: cosine",
+            "schedule",
+            "expected a mapping with keys such as kind, warmup_steps, min_lr_ratio",
+            None,
+        ),
+        (
+            "evaluation:",
+            "evaluation",
+            "expected a mapping with keys such as every_steps, max_samples, micro_batch_size, not null",
+            "write {} for the defaults",
+        ),
+        (
+            "data: {train: train.jsonl}",
+            "data.train",
+            "expected a mapping whose 'source' is one of jsonl, hub, moving_digits",
+            None,
+        ),
+        (
+            "data: {train: {source: jsnl}}",
+            "data.train.source",
+            "expected one of jsonl, hub, moving_digits",
+            "did you mean 'jsonl'?",
+        ),
+        (
+            "data: {eval: {path: x}}",
+            "data.eval.source",
+            "is required but not stated, expected one of jsonl, hub, moving_digits",
+            None,
+        ),
+        (
+            "data: {eval: {source: jsonl}}",
+            "data.eval.path",
+            "is required but not stated, expected text that is not empty",
+            None,
+        ),
+        (
+            "data: {eval: {source: jsonl, path: x, max_video_frames: 4}}",
+            "data.eval",
+            "max_video_frames must be 1 + 4k, as the VAE compresses time by 4, got 4",
+            None,
+        ),
+        ("training: {epochs: 1}", "training", "exactly one of max_steps and epochs must be set", None),
+    ],
+)
+def test_a_wrong_value_is_answered_in_plain_words(write, the_problem_of, text, key, message, hint):
+    problem = the_problem_of(write(text))
+    assert (problem.key, problem.message, problem.hint) == (key, message, hint)
+    assert problem.source == "child.yaml"
+
+
+def test_a_contradiction_of_the_whole_run_has_no_key(write, the_problem_of):
+    problem = the_problem_of(write("model: {world: {enabled: false}}"))
+    assert problem.key is None
+    assert "world_projector cannot train while model.world.enabled is false" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "hint"),
+    [
+        ("optimizer: {learn_rate: 1}", "optimizer.learn_rate", "known: lr, weight_decay, betas, eps"),
+        ("optimizer: {weight_decai: 1}", "optimizer.weight_decai", "did you mean 'optimizer.weight_decay'?"),
+        ("trainabel: {}", "trainabel", "did you mean 'trainable'?"),
+        ("max_steps: 3", "max_steps", "did you mean 'training.max_steps'?"),
+        ("lr: 3", "lr", "did you mean 'optimizer.lr'?"),
+        ("learning_rate: 3", "learning_rate", "the key is 'optimizer.lr'"),
+        ("stages: []", "stages", "a file with stages is a pipeline, not a run config"),
+        ("optimizer.lr: 3", "optimizer.lr", "dotted keys are for the command line; in a file write nested mappings"),
+        ("data: {train: {pth: x}}", "data.train.pth", "did you mean 'data.train.path'?"),
+        ("data: {train: {jsonl: x}}", "data.train.jsonl", "known: source, path, max_video_frames"),
+        ("zzz: 1", "zzz", None),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(write, the_problem_of, text, key, hint):
+    problem = the_problem_of(write(text))
+    assert (problem.key, problem.message, problem.hint) == (key, "unknown key", hint)
+
+
+def test_a_key_of_another_source_names_the_source_that_does_not_know_it(write, the_problem_of):
+    problem = the_problem_of(write("data: {train: {samples: 3}}"))
+    assert problem.key == "data.train.samples"
+    assert problem.message == "unknown key when source is 'jsonl'"
+
+
+@pytest.mark.parametrize("name", sorted(COMPONENT_HINTS))
+def test_names_from_elsewhere_are_answered_with_the_component(write, problems_of, name):
+    problem = problems_of(write(f"trainable: {{{name}: {{x: 1}}}}\nexpect_trainable: null"))[0]
+    assert (problem.key, problem.message) == (f"trainable.{name}", "unknown component")
+    assert problem.hint == COMPONENT_HINTS[name]
+
+
+def test_lm_head_is_refused_on_the_command_line_too(folder, the_problem_of):
+    problem = the_problem_of("base.yaml", "trainable.lm_head.lr=1e-5")
+    assert "tied to the token embedding" in (problem.hint or "")
+
+
+def test_an_unknown_component_is_one_problem_whatever_it_holds(write, the_problem_of):
+    problem = the_problem_of(write("trainable: {vision_towr: {lr: -1, zzz: 1}}\nexpect_trainable: null"))
+    assert problem.hint == "did you mean 'vision_tower'?"
+
+
+def test_a_component_without_settings_is_told_how_to_write_them(write, the_problem_of):
+    problem = the_problem_of(write("trainable:\n  vision_tower:\nexpect_trainable: 3"))
+    assert problem.key == "trainable.vision_tower"
+    assert problem.hint == "write {} for the defaults"
+
+
+def test_a_list_of_components_is_told_to_be_a_mapping(write, the_problem_of):
+    problem = the_problem_of(write("trainable: [vision_tower]\nexpect_trainable: 3"))
+    assert problem.message.startswith("expected a mapping whose keys are among vision_tower, ")
+
+
+def test_an_empty_table_is_refused(write, the_problem_of):
+    assert "the trainable table is empty" in the_problem_of(write("trainable: {}\nexpect_trainable: null")).message
+
+
+def test_all_problems_come_at_once(write, problems_of):
+    path = write(
+        "seed: x\nzzz: 1\nname: a\nname: b\ntrainable: {lm_head: {}}\noptimizer: {lr: -1, betas: [1]}\n"
+        "data: {train: {source: hub, pth: 1}}\nmodel: !env X\nresume: 3\n"
+    )
+    keys = {problem.key for problem in problems_of(path, "bad", "sead=1")}
+    assert keys == {
+        "seed",
+        "zzz",
+        "name",
+        "trainable.lm_head",
+        "expect_trainable",
+        "optimizer.lr",
+        "optimizer.betas",
+        "data.train.id",
+        "data.train.pth",
+        "model",
+        "resume",
+        "sead",
+        None,
+    }
+
+
+def test_what_is_refused_already_is_not_judged_again(write, the_problem_of):
+    assert "tag" in the_problem_of(write("optimizer: !custom {lr: -1}")).message
+
+
+def test_long_values_are_cut(write, the_problem_of):
+    problem = the_problem_of(write(f"seed: {'x' * 500}"))
+    assert len(str(problem)) < 200
+
+
+def test_a_file_without_any_needed_key_names_them_all(write, problems_of):
+    problems = problems_of(write("seed: 1", extends=None))
+    assert [problem.key for problem in problems] == ["name", "output_dir", "trainable", "data", "training"]
+
+
+def test_a_pipeline_without_stages_is_refused(folder):
+    (folder / "p.yaml").write_text("name: p\noutput_dir: o\nstages: []\n")
+    with pytest.raises(ConfigError, match=r"p\.yaml: stages: expected a list that is not empty"):
+        load_pipeline_config("p.yaml")
+
+
+def test_a_pipeline_stage_is_named_by_its_place(folder):
+    (folder / "p.yaml").write_text("name: p\noutput_dir: o\nstages: [{config: a}, {confg: b}, 3]\n")
+    with pytest.raises(ConfigError) as caught:
+        load_pipeline_config("p.yaml")
+    assert [problem.key for problem in caught.value.problems] == ["stages[1].config", "stages[1].confg", "stages[2]"]
+
+
+def test_no_pydantic_words_reach_the_user(write):
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(write("seed: x\ndata: {train: {source: x}}\nzzz: 1\ntraining: {max_steps: null}\nname:"))
+    text = str(caught.value)
+    assert not any(word in text for word in ("Input should", "Value error", "pydantic", "type=", "discriminator"))

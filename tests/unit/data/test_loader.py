@@ -1,0 +1,246 @@
+"""The content of every step is the same whoever loads it, and nothing is left running afterwards."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from theworld_train.batch import Batch, Encoder
+from theworld_train.config.errors import ConfigError
+from theworld_train.data import (
+    Collator,
+    Sample,
+    TrainingOrder,
+    Window,
+    check_budget,
+    evaluation_batches,
+    training_batches,
+)
+from theworld_train.data.loader import _MicroBatches
+from theworld_train.data.source import Source
+
+Sources = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_worker_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 5
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def train(source: Source, encoder: Encoder, **changes: Any) -> Generator[Window, None, None]:
+    options: dict[str, Any] = {
+        "rank": 0,
+        "world_size": 1,
+        "micro_batch_size": 2,
+        "start_step": 0,
+        "num_steps": 4,
+        "num_workers": 0,
+        "pin_memory": False,
+    }
+    order = TrainingOrder(len(source), seed=changes.pop("seed", 1), global_batch_size=4)
+    return training_batches(source, Collator(encoder, changes.pop("max_length", 50)), order, **{**options, **changes})
+
+
+def content(batches: tuple[Batch, ...]) -> list[tuple[Any, ...]]:
+    return [(batch.sample_ids, batch.input_ids.tolist(), batch.labels.tolist()) for batch in batches]
+
+
+def ids(windows: Iterator[Window]) -> list[list[str]]:
+    return [[name for batch in window.micro_batches for name in batch.sample_ids] for window in windows]
+
+
+def test_a_window_holds_the_micro_batches_of_its_step(fake_source: Sources, encoder: Encoder) -> None:
+    windows = list(train(fake_source(10), encoder, start_step=3, num_steps=2))
+    assert [window.step for window in windows] == [3, 4]
+    assert all(len(window.micro_batches) == 2 for window in windows)
+    order = TrainingOrder(10, seed=1, global_batch_size=4)
+    due = [[f"s{order.index(position)}" for position in order.global_batch(step)] for step in (3, 4)]
+    assert ids(iter(windows)) == due
+    assert windows[0].micro_batches[0].kinds[0] == ("even" if int(due[0][0][1:]) % 2 == 0 else "odd")
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_the_number_of_workers_changes_nothing(fake_source: Sources, encoder: Encoder, num_workers: int) -> None:
+    source = fake_source(10, long=frozenset({2, 3}), unreadable=frozenset({7}))
+    alone = list(train(source, encoder, num_steps=6))
+    helped = list(train(source, encoder, num_steps=6, num_workers=num_workers))
+    assert [content(window.micro_batches) for window in helped] == [content(window.micro_batches) for window in alone]
+    assert [window.dropped for window in helped] == [window.dropped for window in alone]
+    assert any(window.dropped for window in alone)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_the_number_of_ranks_changes_nothing(
+    fake_source: Sources, encoder: Encoder, world_size: int, micro_batch_size: int
+) -> None:
+    source = fake_source(10, long=frozenset({2, 3}), unreadable=frozenset({7}))
+    alone = ids(train(source, encoder, micro_batch_size=4))
+    ranks = [
+        train(source, encoder, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size)
+        for rank in range(world_size)
+    ]
+    for expected, windows in zip(alone, zip(*ranks, strict=True), strict=True):
+        batches = zip(*(window.micro_batches for window in windows), strict=True)
+        assert [name for parts in batches for batch in parts for name in batch.sample_ids] == expected
+
+
+def test_a_resumed_run_goes_on_with_the_same_steps(fake_source: Sources, encoder: Encoder) -> None:
+    whole = ids(train(fake_source(7), encoder, num_steps=8))
+    assert ids(train(fake_source(7), encoder, start_step=5, num_steps=3, num_workers=2)) == whole[5:]
+
+
+def test_an_unusable_sample_is_replaced_by_the_next_one_and_reported(fake_source: Sources, encoder: Encoder) -> None:
+    source = fake_source(10, long=frozenset({2, 3}), unreadable=frozenset({4, 9}))
+    windows = list(train(source, encoder, num_steps=5))
+    usable = {2: 5, 3: 5, 4: 5, 9: 0}
+    order = TrainingOrder(10, seed=1, global_batch_size=4)
+    due = [[order.index(position) for position in order.global_batch(step)] for step in range(5)]
+    assert ids(iter(windows)) == [[f"s{usable.get(index, index)}" for index in step] for step in due]
+    reasons = {dropped.sample_id: dropped.reason for window in windows for dropped in window.dropped}
+    assert set(reasons) == {"s2", "s3", "s4", "s9"}
+    assert reasons["s4"] == "damaged"
+    assert "does not fit 50 tokens" in reasons["s2"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_without_a_usable_sample_the_run_stops_and_says_why(
+    fake_source: Sources, encoder: Encoder, num_workers: int
+) -> None:
+    source = fake_source(3, long=frozenset(range(3)))
+    with pytest.raises(ConfigError, match=r"none of 3 samples in a row is usable; .* does not fit 50 tokens") as caught:
+        list(train(source, encoder, num_workers=num_workers))
+    assert len(caught.value.problems) == 1
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_bug_in_a_worker_is_not_taken_for_bad_data(fake_source: Sources, encoder: Encoder) -> None:
+    class Broken:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> Sample:
+            raise KeyError("bug")
+
+        def check(self) -> list[Any]:
+            return []
+
+    for num_workers in (0, 1):
+        with pytest.raises(KeyError, match="bug"):
+            list(train(Broken(), encoder, num_workers=num_workers))
+
+
+def test_closing_early_ends_the_workers(fake_source: Sources, encoder: Encoder) -> None:
+    windows = train(fake_source(10), encoder, num_steps=1000, num_workers=2)
+    next(windows)
+    assert len(multiprocessing.active_children()) == 2
+    windows.close()
+    assert not multiprocessing.active_children()
+
+
+def test_an_exception_in_the_training_loop_ends_the_workers(fake_source: Sources, encoder: Encoder) -> None:
+    def loop() -> None:
+        for _ in train(fake_source(10), encoder, num_steps=1000, num_workers=2):
+            raise RuntimeError("loss is not finite")
+
+    with pytest.raises(RuntimeError, match="not finite"):
+        loop()
+
+
+def test_loading_leaves_the_global_random_state_alone(fake_source: Sources, encoder: Encoder) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for num_workers in (0, 1):
+        list(train(fake_source(10), encoder, num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_signal_to_the_whole_job_does_not_kill_the_workers(fake_source: Sources, encoder: Encoder) -> None:
+    windows = train(fake_source(10), encoder, num_steps=50, num_workers=2)
+    next(windows)
+    for worker in multiprocessing.active_children():
+        assert worker.pid is not None
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(worker.pid, number)
+    assert len(list(windows)) == 49
+
+
+def test_pinning_keeps_what_comes_with_a_batch(
+    fake_source: Sources, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[Batch] = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    source = fake_source(4, unreadable=frozenset({1}))
+    loaded = _MicroBatches(source, Collator(encoder, 50))[[0, 1]]
+    assert loaded.pin_memory() == loaded
+    assert pinned == [loaded.batch]
+    failed = _MicroBatches(fake_source(1, long=frozenset({0})), Collator(encoder, 50))[[0]]
+    assert failed.pin_memory() is failed
+
+
+def test_a_split_that_leaves_a_rest_is_refused_before_anything_loads(fake_source: Sources, encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match="global_batch_size"):
+        train(fake_source(10), encoder, micro_batch_size=3)
+
+
+def evaluate(source: Source, encoder: Encoder, **changes: Any) -> list[tuple[tuple[str, ...], tuple[bool, ...]]]:
+    options = {"num_samples": 100, "rank": 0, "world_size": 1, "num_workers": 0, "pin_memory": False, **changes}
+    batches = evaluation_batches(source, Collator(encoder, 50), micro_batch_size=2, **options)
+    return [(item.batch.sample_ids, item.counted) for item in batches]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_goes_through_the_samples_in_order(fake_source: Sources, encoder: Encoder, num_workers: int) -> None:
+    first, last = evaluate(fake_source(3), encoder, num_workers=num_workers)
+    assert first == (("s0", "s1"), (True, True))
+    assert last == (("s2", "s0"), (True, False))
+
+
+def test_evaluation_stops_at_the_samples_asked_for(fake_source: Sources, encoder: Encoder) -> None:
+    assert evaluate(fake_source(9), encoder, num_samples=2) == [(("s0", "s1"), (True, True))]
+
+
+def test_every_rank_evaluates_equally_many_batches(fake_source: Sources, encoder: Encoder) -> None:
+    ranks = [evaluate(fake_source(5), encoder, rank=rank, world_size=2) for rank in range(2)]
+    assert [len(batches) for batches in ranks] == [2, 2]
+    places = [place for batches in ranks for names, flags in batches for place in zip(names, flags, strict=True)]
+    assert sorted(name for name, counts in places if counts) == ["s0", "s1", "s2", "s3", "s4"]
+
+
+def test_a_replacement_does_not_count_in_an_evaluation(fake_source: Sources, encoder: Encoder) -> None:
+    source = fake_source(4, unreadable=frozenset({1}))
+    assert evaluate(source, encoder)[0] == (("s0", "s2"), (True, False))
+    batches = evaluation_batches(
+        source,
+        Collator(encoder, 50),
+        num_samples=4,
+        rank=0,
+        world_size=1,
+        micro_batch_size=2,
+        num_workers=0,
+        pin_memory=False,
+    )
+    assert [[dropped.sample_id for dropped in item.dropped] for item in batches] == [["s1"], []]
+
+
+def test_check_budget_is_silent_if_any_sample_fits(fake_source: Sources, encoder: Encoder) -> None:
+    assert check_budget(fake_source(4, long=frozenset({0, 1, 2})), Collator(encoder, 50)) == []
+    assert check_budget(fake_source(4, unreadable=frozenset(range(4))), Collator(encoder, 50)) == []
+
+
+def test_check_budget_tells_how_long_the_samples_are(fake_source: Sources, encoder: Encoder) -> None:
+    (problem,) = check_budget(fake_source(20, long=frozenset(range(20))), Collator(encoder, 50))
+    assert "none of 8 samples fits 50 tokens" in str(problem)
+    assert "the shortest has 502" in str(problem)
+    assert problem.key == "data.max_sequence_length"

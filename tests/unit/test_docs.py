@@ -1,0 +1,206 @@
+"""Protects what the documentation says: its links, commands, paths, module list, tables and examples."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from theworld_train.accounting.tokens import world_tokens
+from theworld_train.cli.app import COMMANDS
+from theworld_train.config import parse_run_config
+from theworld_train.data.conversation import parse_row
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "theworld_train"
+README = ROOT / "README.md"
+DATA = ROOT / "docs" / "data.md"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+#: The pages that users read.
+PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?:theworld-train|-m theworld_train) +([a-z][a-z-]*)")
+CONFIG = re.compile(r"(?<![\w/.])configs(?:/[\w.*-]+)+")
+
+
+def in_code(text: str) -> str:
+    """Returns the fenced blocks and code spans of a page: where commands and paths stand."""
+    fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", rest)])
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def rows(page: Path) -> Iterator[dict[str, object]]:
+    """Yields the JSON values of a page; a block may hold several, one after the other."""
+    for block in blocks(page, "json"):
+        rest = block.strip()
+        while rest:
+            row, end = json.JSONDecoder().raw_decode(rest)
+            yield row
+            rest = rest[end:].lstrip()
+
+
+def documented_modules() -> set[str]:
+    """Returns the modules that docs/architecture.md gives a line, by their paths in the package."""
+    folder, modules = None, set()
+    section = ARCHITECTURE.read_text().split("\n## Modules\n")[1].split("\n## ")[0]
+    for line in section.splitlines():
+        if heading := re.match(r"### (?:`(\w+/)`|Top level)$", line):
+            folder = heading[1] or ""
+        elif item := re.match(r"- `(\w+\.py)`: \S", line):
+            modules.add(f"{folder}{item[1]}")
+    return modules
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# -- docs/architecture.md -----------------------------------------------------------------------------------------
+
+
+def test_every_module_has_its_line_and_every_line_its_module():
+    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    documented = documented_modules()
+    needed = {module for module in modules if Path(module).name != "__init__.py"}
+    assert len(needed) > 0
+    assert needed - documented == set(), "modules without a line"
+    assert documented - modules == set(), "lines without a module"
+
+
+def test_the_layer_table_names_every_top_level_module():
+    table = ARCHITECTURE.read_text().split("\n## Layers\n")[1].split("\n## ")[0]
+    for path in PACKAGE.iterdir():
+        if path.is_dir() and (path / "__init__.py").is_file():
+            assert f"`{path.name}/`" in table
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            assert f"`{path.name}`" in table
+
+
+# -- every page ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_relative_links_lead_somewhere(page: Path):
+    links = [link for link in LINK.findall(page.read_text()) if not link.startswith(("#", "http", "mailto:"))]
+    missing = [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_exist(page: Path):
+    unknown = sorted({command for command in COMMAND.findall(in_code(page.read_text())) if command not in COMMANDS})
+    assert unknown == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_config_paths_exist(page: Path):
+    paths = {path.rstrip(".") for path in CONFIG.findall(page.read_text())}
+    missing = sorted(path for path in paths if not any(ROOT.glob(path)))
+    assert missing == []
+
+
+def test_the_readme_is_looked_at():
+    text = README.read_text()
+    assert LINK.findall(text)
+    assert COMMAND.findall(in_code(text))
+    assert CONFIG.findall(text)
+
+
+# -- the examples of the data format ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", [README, DATA], ids=name)
+def test_json_examples_are_rows(page: Path):
+    examples = list(rows(page))
+    assert examples
+    for number, row in enumerate(examples):
+        conversation, problems = parse_row(row, f"{page.name}:{number}")
+        assert problems == []
+        assert conversation is not None
+
+
+def test_examples_pass_the_check_of_a_file(tmp_path: Path):
+    from PIL import Image
+
+    from theworld_train.config.schema import JsonlSource
+    from theworld_train.data.jsonl import JsonlConversations
+    from theworld_train.data.video import missing_decoder
+
+    examples = list(rows(DATA))
+    for media in {path for row in examples for path in media_paths(row)}:
+        path = tmp_path / media
+        files = [path] if path.suffix else [path / f"{number}.png" for number in range(5)]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix == ".mp4":
+                file.touch()
+            else:
+                Image.new("RGB", (8, 8)).save(file)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in examples))
+
+    source = JsonlConversations(JsonlSource(source="jsonl", path=str(data)))
+
+    decoder = missing_decoder(str(data))
+    assert [problem for problem in source.check() if problem != decoder] == []
+    for index, row in enumerate(examples):
+        if not any(path.endswith(".mp4") for path in media_paths(row)):
+            assert source[index].messages
+
+
+def media_paths(row: dict[str, object]) -> list[str]:
+    """Returns the media that a row names, in parts and in `images`."""
+    conversation, _ = parse_row(row, "row")
+    assert conversation is not None
+    parts = conversation.media()
+    paths = [part.path for part in parts if part.path is not None]
+    frames = [frame for part in parts for frame in getattr(part, "frames", ())]
+    return [*paths, *frames, *conversation.images]
+
+
+def test_two_ways_to_name_images_mean_the_same():
+    by_list, by_path = (row for row in rows(DATA) if row.get("id") in (1, 2))
+    assert media_paths(by_list) == media_paths(by_path)
+
+
+def test_yaml_examples_are_data_sections():
+    examples = blocks(DATA, "yaml")
+    assert examples
+    for example in examples:
+        config = {
+            "name": "example",
+            "output_dir": "runs/example",
+            "trainable": {"world_projector": {}},
+            "training": {"max_steps": 1},
+            **yaml.safe_load(example),
+        }
+        assert parse_run_config(config, source=DATA.name).data.train is not None
+
+
+def test_numbers_of_world_tokens():
+    text = DATA.read_text()
+    for layout in ("spatial", "channel"):
+        for resolution in (224, 512):
+            numbers = [f"{world_tokens(layout, resolution, 16, frames):,}" for frames in (1, 5, 9)]
+            assert f"| {layout} | {resolution} | {' | '.join(numbers)} |" in text
+    for resolution, total in ((512, "4,358"), (224, "1,046")):
+        assert total == f"{world_tokens('spatial', resolution, 16, 1) + 2 + 260:,}"
+        assert total in text
+
+
+def test_frames_taken_from_a_clip():
+    from theworld_train.data.video import select_frames
+
+    lines = re.findall(r"^\| (\d+) \| (\d+) \| ([\d, ]+) \|$", DATA.read_text(), flags=re.MULTILINE)
+    assert lines
+    for available, most, taken in lines:
+        assert select_frames(int(available), int(most)) == [int(frame) for frame in taken.split(", ")]

@@ -1,0 +1,154 @@
+"""The chunked loss is the plain cross entropy, with logits for one chunk at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from theworld_train.train.loss import num_chunks, supervised_loss
+
+HIDDEN, VOCABULARY = 8, 50
+SHAPE = (3, 12)
+
+
+class CountingHead(nn.Linear):
+    """A head that notes how many positions each call was given."""
+
+    def __init__(self) -> None:
+        super().__init__(HIDDEN, VOCABULARY, bias=False)
+        self.calls: list[int] = []
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.calls.append(len(states))
+        return super().forward(states)
+
+
+@pytest.fixture
+def head() -> CountingHead:
+    torch.manual_seed(0)
+    return CountingHead()
+
+
+@pytest.fixture
+def hidden() -> Tensor:
+    return torch.randn(*SHAPE, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    """Rows with 7, 2 and 0 supervised positions, and one at the first token, which nothing precedes."""
+    generator = torch.Generator().manual_seed(2)
+    values = torch.randint(VOCABULARY, SHAPE, generator=generator)
+    keep = torch.zeros(SHAPE, dtype=torch.bool)
+    keep[0, 4:11] = True
+    keep[1, [3, 11]] = True
+    keep[2, 0] = True
+    return torch.where(keep, values, -100)
+
+
+def plain(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+    logits = functional.linear(hidden, head.weight)[:, :-1].float()
+    targets = labels[:, 1:]
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, [hidden, *head.parameters()])
+
+
+@pytest.mark.parametrize(
+    ("chunk_size", "chunks"),
+    [(100, 1), (9, 1), (5, 2), (2, 5), (1, 9), (4, 7), (100, 3)],
+    ids=["one", "one-exact", "two", "many", "each", "empty-ones", "empty-only-after-first"],
+)
+def test_equals_plain_cross_entropy_forward_and_backward(
+    hidden: Tensor, labels: Tensor, head: CountingHead, chunk_size: int, chunks: int
+):
+    assert num_chunks(9, chunk_size) <= chunks
+    output = supervised_loss(hidden, labels, head, chunk_size=chunk_size, chunks=chunks)
+    assert output.predictions is None
+    expected = plain(hidden, labels, head)
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-6, atol=0)
+    for actual, reference in zip(
+        gradients(output.loss_sum, hidden, head), gradients(expected, hidden, head), strict=True
+    ):
+        torch.testing.assert_close(actual, reference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5, 9])
+def test_head_is_called_once_for_each_chunk(hidden: Tensor, labels: Tensor, head: CountingHead, chunks: int):
+    output = supervised_loss(hidden, labels, head, chunk_size=9, chunks=chunks)
+    assert head.calls == [9] + [1] * (chunks - 1), "an empty chunk passes one position that counts nothing"
+    output.loss_sum.backward()
+    # Several chunks are recomputed in the backward pass, each once; that number too is the same on every rank.
+    assert len(head.calls) == (1 if chunks == 1 else 2 * chunks)
+
+
+def test_without_gradients_nothing_is_recomputed(hidden: Tensor, labels: Tensor, head: CountingHead):
+    with torch.no_grad():
+        supervised_loss(hidden, labels, head, chunk_size=4, chunks=3)
+    assert head.calls == [4, 4, 1]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_no_supervised_token_gives_zero_loss_and_zero_gradients(
+    hidden: Tensor, labels: Tensor, head: CountingHead, chunks: int
+):
+    output = supervised_loss(
+        hidden, torch.full_like(labels, -100), head, chunk_size=4, chunks=chunks, want_predictions=True
+    )
+    assert output.loss_sum.item() == 0.0
+    assert output.predictions is not None
+    assert output.predictions.shape == (0,)
+    assert len(head.calls) == chunks
+    for gradient in gradients(output.loss_sum, hidden, head):
+        assert not gradient.any(), "zero, and not absent: the engine waits for it"
+
+
+def test_logits_exist_for_one_chunk_at_a_time(hidden: Tensor, labels: Tensor, head: CountingHead):
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        supervised_loss(hidden, labels, head, chunk_size=3, chunks=3)
+    assert VOCABULARY * 3 not in kept
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        supervised_loss(hidden, labels, head, chunk_size=9, chunks=1)
+    assert VOCABULARY * 9 in kept
+
+
+@pytest.mark.parametrize("chunk_size", [100, 2])
+def test_predictions_are_the_most_likely_tokens_in_order(
+    hidden: Tensor, labels: Tensor, head: CountingHead, chunk_size: int
+):
+    chunks = num_chunks(9, chunk_size)
+    output = supervised_loss(hidden, labels, head, chunk_size=chunk_size, chunks=chunks, want_predictions=True)
+    logits = functional.linear(hidden, head.weight)[:, :-1]
+    expected = logits.argmax(-1)[labels[:, 1:] != -100]
+    assert output.predictions is not None
+    assert output.predictions.tolist() == expected.tolist()
+
+
+def test_predictions_leave_out_what_is_never_generated(hidden: Tensor, labels: Tensor, head: CountingHead):
+    options = {"chunk_size": 4, "chunks": 3, "want_predictions": True}
+    first = supervised_loss(hidden, labels, head, **options)
+    assert first.predictions is not None
+    banned = sorted(set(first.predictions.tolist()))[:3]
+    second = supervised_loss(hidden, labels, head, never_generated=banned, **options)
+    assert second.predictions is not None
+    logits = functional.linear(hidden, head.weight)[:, :-1][labels[:, 1:] != -100]
+    logits[:, banned] = -torch.inf
+    assert second.predictions.tolist() == logits.argmax(-1).tolist()
+    assert torch.equal(first.loss_sum, second.loss_sum), "the loss is that of the model, suppressed or not"
+
+
+def test_bf16_states_give_a_loss_in_fp32(hidden: Tensor, labels: Tensor, head: CountingHead):
+    half, states = head.to(torch.bfloat16), hidden.detach().to(torch.bfloat16)
+    output = supervised_loss(states, labels, half, chunk_size=4, chunks=3)
+    assert output.loss_sum.dtype == torch.float32
+    torch.testing.assert_close(output.loss_sum, plain(states, labels, half), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("supervised", "size", "expected"), [(0, 4, 1), (1, 4, 1), (4, 4, 1), (5, 4, 2), (9, 4, 3)])
+def test_number_of_chunks(supervised: int, size: int, expected: int):
+    assert num_chunks(supervised, size) == expected
