@@ -293,11 +293,13 @@ def train(config: RunConfig, console: Console) -> TrainingResult:
     Raises:
         ConfigError: If an input is wrong, before any model loads, or if the first step breaks the contract of freezing.
     """
-    inputs = open_inputs(config)
-    checkpoint, resume = starting_checkpoint(config)
-    _check_output_dir(config)
     runtime = Runtime(config)
     try:
+        with runtime.agreement():
+            inputs = open_inputs(config)
+            checkpoint, resume = starting_checkpoint(config)
+            _check_output_dir(config)
+        runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
         return _train(config, inputs, checkpoint, resume, runtime, console)
     finally:
         runtime.close()
@@ -311,10 +313,11 @@ def _train(
     accumulation = accumulation_steps(
         config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
     )
-    loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
+    with runtime.agreement():
+        loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
+        ledger = build_ledger(loaded.model, config)
+        check_expectation(ledger, config)
     model, inheritance = loaded.model, loaded.inheritance
-    ledger = build_ledger(model, config)
-    check_expectation(ledger, config)
     stage = StageModule(
         model,
         trainable_components(config),
@@ -325,7 +328,8 @@ def _train(
     move(model, runtime.device)
     optimizer = build_optimizer(model, config)
     if resume and inheritance.source is not None:
-        _restore(optimizer, inheritance, runtime)
+        with runtime.agreement():
+            _restore(optimizer, inheritance, runtime)
     directory = Path(config.output_dir)
     metrics = progress = None
     if runtime.is_main:
@@ -419,7 +423,7 @@ def _saver(
     optimizer: torch.optim.Optimizer,
     ledger: ParameterLedger,
     runtime: Runtime,
-) -> Callable[[int, list[dict[str, Any]]], Path | None]:
+) -> Callable[[int, list[dict[str, Any]]], None]:
     """Returns the function that writes a checkpoint; on other ranks it does nothing."""
     writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
     trained = {component.value for component in config.trainable}
@@ -428,9 +432,9 @@ def _saver(
     carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in config.trainable}
     trained -= carried.keys()
 
-    def save(step: int, rng: list[dict[str, Any]]) -> Path | None:
+    def save(step: int, rng: list[dict[str, Any]]) -> None:
         if not runtime.is_main:
-            return None
+            return
         path = writer.write(
             step,
             model=loaded.model,
@@ -449,7 +453,6 @@ def _saver(
         # The next checkpoint carries the files on from this one: the one that they came from may be gone by then.
         for name, entry in carried.items():
             carried[name] = replace(entry, path=path / entry.path.name)
-        return path
 
     return save
 

@@ -19,12 +19,12 @@ def offline() -> None:
 
 @contextmanager
 def quiet_other_ranks() -> Generator[None]:
-    """Lets rank 0 alone report a user's error; every rank meets the same one."""
+    """Lets one process of each node report a user's error: its other ranks meet, or are told of, the same one."""
     from theworld_train.config.errors import ConfigError
 
     try:
         yield
     except ConfigError:
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("LOCAL_RANK", "0") != "0":
             raise SystemExit(2) from None
         raise

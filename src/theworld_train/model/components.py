@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -19,17 +20,23 @@ COMPONENT_PATHS: dict[Component, str] = {
 }
 
 
+#: What a conversation may hold; every one holds text.
+Input = Literal["text", "image", "world"]
+
+
 @dataclass(frozen=True)
 class ComponentTraits:
     """What training has to know of a component.
 
     Attributes:
+        input: What a batch has to hold for the component to act on the loss.
         is_encoder: It turns inputs into features, and nothing trainable feeds it; frozen, it may run outside autograd.
         zero_gradient: Name endings of parameters whose gradient is zero by mathematics.
         clip_only: Name parts of parameters that act only on clips of several frames.
         never_decayed: Name endings of matrices that are no weights of a product (positions, temporal offsets).
     """
 
+    input: Input = "text"
     is_encoder: bool = False
     zero_gradient: tuple[str, ...] = ()
     clip_only: tuple[str, ...] = ()
@@ -39,13 +46,18 @@ class ComponentTraits:
 TRAITS: dict[Component, ComponentTraits] = {
     # A constant added to every key shifts all scores of a query alike, which softmax ignores.
     Component.VISION_TOWER: ComponentTraits(
-        is_encoder=True, zero_gradient=("k_proj.bias",), never_decayed=("position_embedding.weight",)
+        input="image",
+        is_encoder=True,
+        zero_gradient=("k_proj.bias",),
+        never_decayed=("position_embedding.weight",),
     ),
-    Component.MULTI_MODAL_PROJECTOR: ComponentTraits(),
+    Component.MULTI_MODAL_PROJECTOR: ComponentTraits(input="image"),
     Component.LANGUAGE_MODEL: ComponentTraits(),
     # Single frames never reach the strided convolutions over time.
-    Component.WORLD_ENCODER: ComponentTraits(is_encoder=True, clip_only=(".time_conv.",), never_decayed=(".gamma",)),
-    Component.WORLD_PROJECTOR: ComponentTraits(never_decayed=("temporal", "boundary")),
+    Component.WORLD_ENCODER: ComponentTraits(
+        input="world", is_encoder=True, clip_only=(".time_conv.",), never_decayed=(".gamma",)
+    ),
+    Component.WORLD_PROJECTOR: ComponentTraits(input="world", never_decayed=("temporal", "boundary")),
 }
 
 

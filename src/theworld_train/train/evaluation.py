@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.data import EvaluationBatch
 from theworld_train.train.loss import num_chunks
-from theworld_train.train.runtime import Runtime
+from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.stage import Features, StageModule
 
 #: Name of the accuracy over all kinds of question.
@@ -91,6 +91,26 @@ class EvaluationTally:
         return EvaluationResult(loss / max(1, tokens), accuracy, samples)
 
 
+def in_step(
+    batches: Iterable[EvaluationBatch], chunk_size: int, runtime: Runtime
+) -> Generator[tuple[EvaluationBatch, int], None, None]:
+    """Yields this rank's batches with the chunks of their loss, equal on all ranks; all ranks stop if one has none.
+
+    Raises:
+        ConfigError: If the data of any rank fail.
+    """
+    iterator = iter(batches)
+    while True:
+        item, error = take(iterator)
+        chunks = 0 if item is None else num_chunks(item.batch.num_supervised, chunk_size)
+        ranks = runtime.exchange([error is not None, chunks])
+        if any(failed for failed, _ in ranks):
+            runtime.raise_failures(error)
+        if item is None:
+            return
+        yield item, int(max(number for _, number in ranks))
+
+
 @torch.no_grad()
 def score(
     stage: StageModule,
@@ -126,9 +146,8 @@ def evaluate(
     """
     tally = EvaluationTally()
     wrapped.eval()
-    for item in batches:
+    for item, chunks in in_step(batches, stage.chunk_size, runtime):
         moved = EvaluationBatch(item.batch.to(runtime.device), item.counted, item.dropped)
-        chunks = int(runtime.reduce_max([num_chunks(moved.batch.num_supervised, stage.chunk_size)])[0])
         score(stage, wrapped, moved, stage.encode(moved.batch), chunks, tally)
     stage.set_training_modes()
     return tally.result(runtime)

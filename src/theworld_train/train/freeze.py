@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
-from theworld_train.model.components import TRAITS, component_modules, component_parameters
+from theworld_train.model.components import TRAITS, Input, component_modules, component_parameters
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.train.digest import digests
 
@@ -82,7 +82,11 @@ def set_modes(model: TheWorldForConditionalGeneration, trainable: Collection[Com
 
 def enable_checkpointing(model: TheWorldForConditionalGeneration) -> None:
     """Switches gradient checkpointing on in the vision tower's and the language model's layers, non-reentrant."""
-    model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kwargs = {"use_reentrant": False}
+    if hasattr(model.model, "activation_checkpointing_enable"):
+        model.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # its name before transformers 5.20
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 def frozen_and_trainable(
@@ -102,11 +106,26 @@ class FreezingCheck:
         self._model = model
         frozen, trainable = frozen_and_trainable(model)
         self._frozen, self._trainable = digests(frozen), digests(trainable)
+        self._pending = {
+            component for component, parameters in component_parameters(model).items() if parameters.keys() & trainable
+        }
 
-    def verify(self, *, clips_seen: bool, stepped: Collection[str] = ()) -> None:
-        """Takes them again after the step.
+    @property
+    def pending(self) -> tuple[Component, ...]:
+        """Trainable components that no step so far has held any input for."""
+        return tuple(component for component in Component if component in self._pending)
+
+    def verify(
+        self,
+        *,
+        clips_seen: bool,
+        inputs: Collection[Input] = ("text", "image", "world"),
+        stepped: Collection[str] = (),
+    ) -> None:
+        """Takes them again after a step, of the frozen parts once and of each trainable component when it was used.
 
         Args:
+            inputs: What the step has seen; components that act on nothing of it stay pending.
             clips_seen: Whether the step saw a clip of several frames; parameters that act on clips alone may stay
                 otherwise.
             stepped: Parameters that the optimizer has taken a gradient of: at the first step of a long warmup a rate
@@ -115,10 +134,13 @@ class FreezingCheck:
         Raises:
             ConfigError: If a frozen tensor has changed, or a trainable one has not.
         """
+        used = {component for component in self._pending if TRAITS[component].input in inputs}
         frozen, trainable = frozen_and_trainable(self._model)
         exempt = exempt_parameters(self._model, clips_seen=clips_seen)
-        changed = [name for name, value in digests(frozen).items() if self._frozen[name] != value]
-        after = digests(trainable)
+        after = digests({name: frozen[name] for name in self._frozen})
+        changed = [name for name, value in self._frozen.items() if after[name] != value]
+        names = {name for component in used for name in component_parameters(self._model)[component]}
+        after = digests({name: parameter for name, parameter in trainable.items() if name in names})
         still = [
             name
             for name, value in after.items()
@@ -131,10 +153,12 @@ class FreezingCheck:
             if still:
                 parts.append(f"trainable tensors that did not move: {_listed(still)}")
             raise ConfigError(
-                "the first step did not train what the config says; "
+                "a step did not train what the config says; "
                 + "; ".join(parts)
                 + " (training.verify_freezing: false switches this check off)"
             )
+        self._pending -= used
+        self._frozen = {}
 
 
 def exempt_parameters(model: TheWorldForConditionalGeneration, *, clips_seen: bool) -> frozenset[str]:

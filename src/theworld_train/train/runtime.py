@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.distributed import ReduceOp
 
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
@@ -91,20 +90,26 @@ class Runtime:
         """
         self.accelerator.backward(loss_sum * (self.world_size / max(1, num_supervised)))
 
-    def reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Returns each value summed over ranks, in fp64."""
-        return self._reduce(values, ReduceOp.SUM)
-
-    def reduce_max(self, values: Sequence[float]) -> list[float]:
-        """Returns each value's maximum over ranks."""
-        return self._reduce(values, ReduceOp.MAX)
-
-    def _reduce(self, values: Sequence[float], operation: ReduceOp.RedOpType) -> list[float]:
+    def exchange(self, values: Sequence[float]) -> list[list[float]]:
+        """Returns equally many numbers of every rank, in the order of ranks, in fp64."""
         if self.world_size == 1:
-            return [float(value) for value in values]
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(tensor, operation)
-        return [float(value) for value in tensor.tolist()]
+            return [[float(value) for value in values]]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        every = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(every, own)
+        return cast(list[list[float]], torch.stack(every).tolist())
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """Returns a tensor summed over ranks; it stays on its device."""
+        if self.world_size == 1:
+            return value
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def read(self, *scalars: Tensor) -> list[float]:
+        """Returns scalars of the device as numbers, in one transfer."""
+        return cast(list[float], torch.stack([scalar.double() for scalar in scalars]).tolist())
 
     def gather(self, value: T) -> list[T]:
         """Returns a small picklable value of every rank, in the order of ranks."""
@@ -114,22 +119,68 @@ class Runtime:
         torch.distributed.all_gather_object(values, value)
         return cast(list[T], values)
 
-    def wait(self) -> None:
-        """Waits for all ranks."""
-        self.accelerator.wait_for_everyone()
+    # -- failures -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def agreement(self) -> Generator[None]:
+        """Runs a block without collectives; if it fails on any rank, all ranks stop and say what happened where.
+
+        Raises:
+            Exception: This rank's own error.
+            ConfigError: If only other ranks have failed, with what they say.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failure:
+            error = failure
+        self.agree_on_failure(error)
 
     def agree_on_failure(self, error: Exception | None) -> None:
         """Raises on every rank if any rank has failed, so that none is left waiting in a collective.
 
         Raises:
             Exception: This rank's own error.
-            ConfigError: If only another rank has one.
+            ConfigError: If only other ranks have one, with what they say.
         """
-        failed = self.reduce_max([error is not None])[0]
+        if self.world_size > 1 and any(failed for (failed,) in self.exchange([error is not None])):
+            self.raise_failures(error)
         if error is not None:
             raise error
-        if failed:
-            raise ConfigError("another rank has stopped; its own message says why")
+
+    def raise_failures(self, error: Exception | None) -> NoReturn:
+        """Raises on every rank, once it is known that at least one has failed.
+
+        Raises:
+            Exception: This rank's own error.
+            ConfigError: If only other ranks have one, with what they say.
+        """
+        told = self.gather(None if error is None else _told(error))
+        if error is not None:
+            raise error
+        ranks: dict[str, list[int]] = {}
+        for rank, text in enumerate(told):
+            if text is not None:
+                ranks.setdefault(text, []).append(rank)
+        raise ConfigError([Problem(text, source=f"rank {_listed(numbers)}") for text, numbers in ranks.items()])
+
+    def same_everywhere(self, what: str, value: str) -> None:
+        """Refuses to go on if ranks disagree on what they have found, such as on nodes without a common file system.
+
+        Raises:
+            ConfigError: With what each rank has found.
+        """
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            found = "; ".join(
+                f"{other} on rank {_listed([r for r, v in enumerate(values) if v == other])}"
+                for other in dict.fromkeys(values)
+            )
+            raise ConfigError(
+                Problem(f"ranks disagree on {what}: {found}", hint="do all nodes see the same file system?")
+            )
+
+    # -- trackers -----------------------------------------------------------------------------------------------------
 
     def start_trackers(self, project: str, run_name: str, settings: Mapping[str, Any], directory: Path) -> None:
         """Starts the trackers of the config; the caller has set wandb's mode in the environment."""
@@ -148,6 +199,24 @@ class Runtime:
     def close(self) -> None:
         """Ends trackers and the process group."""
         self.accelerator.end_training()
+
+
+def take(iterator: Iterator[T]) -> tuple[T | None, Exception | None]:
+    """Returns the next item, or the error that came in its stead; both are None at the end."""
+    try:
+        return next(iterator, None), None
+    except Exception as error:
+        return None, error
+
+
+def _told(error: Exception) -> str:
+    """Returns what an error says to a user, with its type where it was not written for one."""
+    return str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+
+
+def _listed(numbers: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
 
 
 def _refuse_other_engines(config: RunConfig) -> None:

@@ -179,7 +179,7 @@ class StageModule(nn.Module):
         if world and no_world:
             side = config.world_resolution
             frames = torch.zeros(1, 3, side, side, device=input_ids.device)
-            used.append(model.world_projector(model.encode_world(frames, (1,)), (1,)))
+            used.append(model.world_projector(self._encode_world(frames, (1,)), (1,)))
             used.append(model.world_projector.brackets())
         if Component.WORLD_ENCODER in self.trainable and longest == 1:
             clip_only = TRAITS[Component.WORLD_ENCODER].clip_only

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from theworld_train.accounting.ledger import ParameterLedger
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
-from theworld_train.data import Dropped, EvaluationBatch, Window
+from theworld_train.data import Dropped, EvaluationBatch, Window, accumulation_steps
+from theworld_train.model.components import Input
 from theworld_train.train.checkpoint import random_state
 from theworld_train.train.evaluation import EvaluationResult, evaluate
 from theworld_train.train.freeze import FreezingCheck
@@ -22,7 +22,7 @@ from theworld_train.train.groups import set_rates
 from theworld_train.train.ledger import check_wrapped
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.metrics import MetricsFile, ProgressDisplay
-from theworld_train.train.runtime import Runtime
+from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.schedule import rate_factor
 from theworld_train.train.stage import StageModule
 
@@ -37,7 +37,8 @@ class StepResult:
         rates: Learning rate by component.
         supervised_tokens: Supervised tokens of the window.
         tokens: Tokens of the window, padding not counted.
-        clips_seen: Whether the window held a clip of several frames.
+        inputs: What the window held: text always, images, world blocks.
+        clips_seen: Whether one of the world blocks had several frames.
         dropped: Samples of all ranks that others have replaced.
     """
 
@@ -46,8 +47,21 @@ class StepResult:
     rates: dict[str, float]
     supervised_tokens: int
     tokens: int
+    inputs: frozenset[Input]
     clips_seen: bool
     dropped: tuple[Dropped, ...]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What the ranks hold of one window: sums over them, but for `longest` and `chunks`, which are maxima."""
+
+    supervised: int
+    tokens: int
+    dropped: int
+    inputs: frozenset[Input]
+    longest: int
+    chunks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,17 +70,11 @@ class TrainingResult:
 
     Attributes:
         steps: Optimizer steps done.
-        first_loss: Loss of the first step of this process.
-        last_loss: Loss of the last step.
         evaluation: The last held-out measurement, if there is a held-out split.
-        checkpoint: The last checkpoint.
     """
 
     steps: int
-    first_loss: float | None
-    last_loss: float | None
     evaluation: EvaluationResult | None
-    checkpoint: Path | None
 
 
 class Trainer:
@@ -84,7 +92,7 @@ class Trainer:
         first_step: int,
         windows: Callable[[int, int], Generator[Window, None, None]],
         held_out: Callable[[], Generator[EvaluationBatch, None, None]] | None,
-        save: Callable[[int, list[dict[str, Any]]], Path | None],
+        save: Callable[[int, list[dict[str, Any]]], None],
         metrics: MetricsFile | None,
         progress: ProgressDisplay | None,
     ) -> None:
@@ -117,106 +125,134 @@ class Trainer:
         self._save = save
         self._metrics = metrics
         self._progress = progress
+        self._accumulation = accumulation_steps(
+            config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
+        )
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def run(self) -> TrainingResult:
         """Trains from the first step to the last."""
         check = FreezingCheck(self._stage.model) if self._config.training.verify_freezing else None
-        results: list[float] = []
         evaluation: EvaluationResult | None = None
-        checkpoint: Path | None = None
         self._stage.set_training_modes()
         started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
         try:
-            for window in windows:
+            for done in range(self._first_step + 1, self._max_steps + 1):
+                window, error = take(windows)
                 waited = time.perf_counter() - started
-                result = self.step(window)
-                done = window.step + 1
+                result = self.step(window or error or AssertionError("the data have ended before the run"))
                 if check is not None:
-                    self._agree(check, result)
-                    check = None
+                    self._agree(check, result, done)
+                    check = check if check.pending else None
                 seconds = time.perf_counter() - started
                 self._report(done, result, seconds, waited)
-                results.append(result.loss)
+                # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
+                if self._is_due(done, self._config.checkpoint.every_steps):
+                    self._checkpoint(done)
                 if self._is_due(done, self._config.evaluation.every_steps):
                     evaluation = self._evaluate(done)
-                if self._is_due(done, self._config.checkpoint.every_steps):
-                    checkpoint = self._checkpoint(done)
                 started = time.perf_counter()
         finally:
             windows.close()
+        if check is not None:
+            self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
         if evaluation is None:
             evaluation = self._evaluate(self._max_steps)
-        return TrainingResult(
-            steps=self._max_steps,
-            first_loss=results[0] if results else None,
-            last_loss=results[-1] if results else None,
-            evaluation=evaluation,
-            checkpoint=checkpoint,
-        )
+        return TrainingResult(self._max_steps, evaluation)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, window: Window) -> StepResult:
+    def step(self, window: Window | Exception) -> StepResult:
         """Takes one optimizer step.
 
         The gradient is that of the loss summed over all supervised tokens of the window on all ranks, divided by their
         number: it does not depend on ranks, micro-batches or accumulation.
 
         Args:
-            window: This rank's micro-batches.
+            window: This rank's micro-batches, or why it has none.
+
+        Raises:
+            ConfigError: On every rank, if any rank has no window, or if none of them holds a supervised token.
         """
-        batches = [batch.to(self._runtime.device) for batch in window.micro_batches]
-        own = [batch.num_supervised for batch in batches]
-        counts = [sum(own), sum(batch.num_tokens for batch in batches), len(window.dropped)]
-        supervised, tokens, dropped = self._runtime.reduce_sum(counts)
-        if not supervised:
+        totals = self._totals(window)
+        assert isinstance(window, Window)
+        if not totals.supervised:
             raise ConfigError(f"step {window.step + 1} holds no supervised token on any rank; look at the data")
-        chunk_size = self._stage.chunk_size
-        clips = max((max(batch.world_frame_counts, default=1) for batch in batches), default=1)
-        *chunks, longest = self._runtime.reduce_max([*(num_chunks(number, chunk_size) for number in own), clips])
         rates = set_rates(self._optimizer, rate_factor(self._config.schedule, window.step, self._max_steps))
-        loss_sum = 0.0
-        for index, batch in enumerate(batches):
-            features = self._stage.encode(batch)
-            with self._runtime.accumulating(self._wrapped, last=index == len(batches) - 1):
-                output = self._wrapped(batch, features, int(chunks[index]))
-                self._runtime.backward(output.loss_sum, int(supervised))
-            loss_sum += float(output.loss_sum.detach())
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
+        for index, batch in enumerate(window.micro_batches):
+            moved = batch.to(self._runtime.device)
+            features = self._stage.encode(moved)
+            with self._runtime.accumulating(self._wrapped, last=index == len(window.micro_batches) - 1):
+                output = self._wrapped(moved, features, totals.chunks[index])
+                self._runtime.backward(output.loss_sum, totals.supervised)
+            loss_sum += output.loss_sum.detach()
         norm = self._clip()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        (loss_sum,) = self._runtime.reduce_sum([loss_sum])
+        loss, grad_norm = self._runtime.read(self._runtime.sum_over_ranks(loss_sum), norm)
         return StepResult(
-            loss=loss_sum / supervised,
-            grad_norm=norm,
+            loss=loss / totals.supervised,
+            grad_norm=grad_norm,
             rates=rates,
-            supervised_tokens=int(supervised),
-            tokens=int(tokens),
-            clips_seen=longest > 1,
-            dropped=self._gather_dropped(window) if dropped else (),
+            supervised_tokens=totals.supervised,
+            tokens=totals.tokens,
+            inputs=totals.inputs,
+            clips_seen=totals.longest > 1,
+            dropped=self._gather_dropped(window) if totals.dropped else (),
+        )
+
+    def _totals(self, window: Window | Exception) -> _Totals:
+        """Exchanges what the ranks have in a window, in one collective.
+
+        Raises:
+            Exception: This rank's own reason to have no window.
+            ConfigError: If only another rank has one.
+        """
+        batches = window.micro_batches if isinstance(window, Window) else ()
+        own = [batch.num_supervised for batch in batches] or [0] * self._accumulation
+        ranks = self._runtime.exchange(
+            [
+                isinstance(window, Exception),
+                sum(own),
+                sum(batch.num_tokens for batch in batches),
+                len(window.dropped) if isinstance(window, Window) else 0,
+                any(batch.pixel_values is not None for batch in batches),
+                max((max(batch.world_frame_counts, default=0) for batch in batches), default=0),
+                *(num_chunks(number, self._stage.chunk_size) for number in own),
+            ]
+        )
+        failed, supervised, tokens, dropped, images, longest, *chunks = zip(*ranks, strict=True)
+        if any(failed):
+            self._runtime.raise_failures(window if isinstance(window, Exception) else None)
+        seen: dict[Input, bool] = {"text": True, "image": any(images), "world": any(longest)}
+        return _Totals(
+            supervised=int(sum(supervised)),
+            tokens=int(sum(tokens)),
+            dropped=int(sum(dropped)),
+            inputs=frozenset(name for name, there in seen.items() if there),
+            longest=int(max(longest)),
+            chunks=tuple(int(max(numbers)) for numbers in chunks),
         )
 
     def _gather_dropped(self, window: Window) -> tuple[Dropped, ...]:
         return tuple(item for rank in self._runtime.gather(window.dropped) for item in rank)
 
-    def _clip(self) -> float:
+    def _clip(self) -> Tensor:
         """Clips the gradient if the config says so, and returns its norm before that."""
         limit = self._config.training.gradient_clip_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if limit is None else limit)
-        return float(norm)
+        return torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if limit is None else limit)
 
     # -- around the step --------------------------------------------------------------------------------------------
 
-    def _agree(self, check: FreezingCheck, result: StepResult) -> None:
+    def _agree(self, check: FreezingCheck, result: StepResult, done: int) -> None:
         """Verifies freezing on every rank; all ranks stop if one finds fault."""
-        error: ConfigError | None = None
-        try:
-            check.verify(clips_seen=result.clips_seen, stepped=self._stepped())
-        except ConfigError as found:
-            error = found
-        self._runtime.agree_on_failure(error)
+        before = check.pending
+        with self._runtime.agreement():
+            check.verify(inputs=result.inputs, clips_seen=result.clips_seen, stepped=self._stepped())
+        if check.pending and (done == self._first_step + 1 or check.pending != before):
+            self._say(f"not verified yet, since step {done} holds nothing for it: {', '.join(check.pending)}")
 
     def _stepped(self) -> set[str]:
         """Returns the names of the parameters whose first moment in the optimizer is not zero."""
@@ -242,6 +278,8 @@ class Trainer:
         if self._metrics is not None:
             dropped = [vars(item) for item in result.dropped]
             self._metrics.write("train", done, {**values, "loss_hex": result.loss.hex(), "dropped": dropped})
+        for item in result.dropped:
+            self._say(f"step {done} goes on without sample {item.sample_id}: {item.reason}")
         if done % self._config.tracking.log_every_steps == 0:
             self._runtime.track(values, done)
         if self._progress is not None:
@@ -256,12 +294,15 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.write("eval", done, {**values, "samples": dict(result.samples)})
         self._runtime.track(values, done)
-        if self._progress is not None:
-            shown = "  ".join(f"{kind} {value:.1%}" for kind, value in result.accuracy.items())
-            self._progress.say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}")
+        shown = "  ".join(f"{kind} {value:.1%}" for kind, value in result.accuracy.items())
+        self._say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}")
         return result
 
-    def _checkpoint(self, done: int) -> Path | None:
-        path = self._save(done, self._runtime.gather(random_state()))
-        self._runtime.wait()
-        return path
+    def _checkpoint(self, done: int) -> None:
+        states = self._runtime.gather(random_state())
+        with self._runtime.agreement():
+            self._save(done, states)
+
+    def _say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.say(text)

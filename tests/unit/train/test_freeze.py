@@ -257,9 +257,9 @@ def test_gradient_that_was_too_small_to_change_a_bit_is_no_fault(tiny: TinyCheck
     moved = frozen_and_trainable(model)[1]
     small = {"model.vision_tower.post_layernorm.weight"}
     nudge({name: value for name, value in moved.items() if name not in small})
-    check.verify(clips_seen=True, stepped=small)
     with pytest.raises(ConfigError, match="post_layernorm"):
         check.verify(clips_seen=True)
+    check.verify(clips_seen=True, stepped=small)
 
 
 TIME_CONVS = {
@@ -279,6 +279,30 @@ def test_convolutions_over_time_may_stay_only_without_clips(tiny: TinyCheckpoint
     nudge(
         {name: value for name, value in frozen_and_trainable(model)[1].items() if name not in TIME_CONVS | KEY_BIASES}
     )
-    check.verify(clips_seen=False)
     with pytest.raises(ConfigError, match=r"did not move: world_encoder\.encoder\.down_blocks\.3\.time_conv\.bias"):
         check.verify(clips_seen=True)
+    check.verify(clips_seen=False)
+
+
+def test_component_without_input_is_verified_by_the_first_step_that_has_some(tiny: TinyCheckpoint):
+    model, check = checked(tiny, FULL, "fp32")
+    parameters = component_parameters(model)
+    nudge(parameters[Component.LANGUAGE_MODEL])
+    check.verify(inputs=("text",), clips_seen=False)
+    waiting = (
+        Component.VISION_TOWER,
+        Component.MULTI_MODAL_PROJECTOR,
+        Component.WORLD_ENCODER,
+        Component.WORLD_PROJECTOR,
+    )
+    assert set(check.pending) == set(waiting)
+    with pytest.raises(ConfigError, match=r"did not move: model\.multi_modal_projector"):
+        check.verify(inputs=("text", "image"), clips_seen=False)
+    for component in waiting[:2]:
+        nudge(parameters[component])
+    check.verify(inputs=("text", "image"), clips_seen=False)
+    assert set(check.pending) == set(waiting[2:])
+    for component in waiting[2:]:
+        nudge(parameters[component])
+    check.verify(inputs=("text", "world"), clips_seen=True)
+    assert check.pending == ()
