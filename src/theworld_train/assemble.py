@@ -297,6 +297,7 @@ def train(config: RunConfig, console: Console) -> TrainingResult:
     try:
         with runtime.agreement():
             inputs = open_inputs(config)
+            check_expectation(ledger_of(config), config)
             checkpoint, resume = starting_checkpoint(config)
             _check_output_dir(config)
         runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))

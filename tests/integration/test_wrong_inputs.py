@@ -110,3 +110,13 @@ def test_batch_that_does_not_divide_is_refused(weightless: list[str]) -> None:
     error = error_of([*weightless, "training.global_batch_size=30", "training.micro_batch_size=4"])
     assert "global_batch_size" in error
     assert "30" in error
+
+
+def test_another_number_of_trainable_parameters_is_printed(weightless: list[str]) -> None:
+    error = error_of([*weightless, "expect_trainable=1"])
+    assert "expect_trainable" in error
+    stated = error.split("state expect_trainable: ")[1].split()[0]
+    assert f"makes {stated} parameters trainable (world_projector {int(stated):,}), not 1" in error
+    then = error_of([*weightless, f"expect_trainable={stated}", f"init_from={QUICKSTART.parent}"])
+    assert "expect_trainable" not in then
+    assert "is no checkpoint" in then

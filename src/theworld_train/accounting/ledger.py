@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,43 +11,68 @@ from typing import Any
 class LedgerRow:
     """One component of a model in one stage.
 
+    The four columns of bytes are disjoint: what trains is stored once, in fp32. Under autocast it is the master copy of
+    the weights that are computed with, and counts as such; in an fp32 run it is simply the weights.
+
     Attributes:
         component: Name of the component.
         total: Its parameters, tied ones once.
         trainable: Those of them that train.
-        dtype: Dtype that its weights are stored in (`mixed` if they differ).
-        lr: Peak learning rate, or None if frozen.
-        weight_decay: Weight decay of its matrices, or None if frozen.
-        decayed: Trainable parameters that weight decay applies to.
-        weight_bytes: Bytes of its weights; for what trains these are the fp32 masters.
+        parts: Its parameters by part, such as `projection` and `temporal`.
+        dtypes: Its parameters by the dtype that they are stored in.
+        ties: Groups of names that share one Parameter, which is counted once, under the first of them.
+        lr: Peak learning rate, or None if no optimizer holds it.
+        weight_decay: Weight decay of its matrices, or None if no optimizer holds it.
+        decayed: Trainable parameters in the group with that decay; the other ones are not decayed.
+        weight_bytes: Bytes of weights as they are computed with, masters not included.
+        master_bytes: Bytes of the fp32 masters of what trains.
         gradient_bytes: Bytes of its gradients.
         optimizer_bytes: Bytes of the optimizer's state.
-        ties: Names of further places in the model that share its weights, such as `lm_head.weight`.
     """
 
     component: str
     total: int
     trainable: int
-    dtype: str
+    parts: Mapping[str, int]
+    dtypes: Mapping[str, int]
+    ties: tuple[tuple[str, ...], ...]
     lr: float | None
     weight_decay: float | None
     decayed: int
     weight_bytes: int
+    master_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    ties: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Makes sure that the row agrees with itself."""
+        assert sum(self.parts.values()) == self.total, f"{self.component}: the parts do not add up to {self.total}"
+        assert sum(self.dtypes.values()) == self.total, f"{self.component}: the dtypes do not add up to {self.total}"
+        assert 0 <= self.decayed <= self.trainable <= self.total, f"{self.component}: more trains than there is"
+
+    @property
+    def dtype(self) -> str:
+        """Dtypes that its weights are stored in, joined by `+`."""
+        return "+".join(sorted(self.dtypes))
 
 
 @dataclass(frozen=True)
 class ParameterLedger:
-    """The rows of a model; they add up to its total."""
+    """A model in one stage.
+
+    Attributes:
+        rows: Its components.
+        total: Its parameters, counted on the model and not on the components; the rows add up to it.
+    """
 
     rows: tuple[LedgerRow, ...]
+    total: int
 
-    @property
-    def total(self) -> int:
-        """Parameters of the model."""
-        return sum(row.total for row in self.rows)
+    def __post_init__(self) -> None:
+        """Makes sure that every parameter is in a row, and in one only."""
+        assert len({row.component for row in self.rows}) == len(self.rows), "a component has two rows"
+        counted = sum(row.total for row in self.rows)
+        assert counted == self.total, f"the rows add up to {counted:,} parameters, but the model has {self.total:,}"
 
     @property
     def trainable(self) -> int:

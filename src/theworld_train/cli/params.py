@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,8 +14,17 @@ from theworld_train.cli.arguments import split_overrides
 if TYPE_CHECKING:
     from theworld_train.accounting.ledger import LedgerRow, ParameterLedger
     from theworld_train.config import RunConfig
+    from theworld_train.config.errors import Problem
+    from theworld_train.hub import Repository
 
 GIB = 2**30
+#: Columns of bytes, by what the table calls them.
+BYTES = {
+    "weights": "weight_bytes",
+    "fp32 masters": "master_bytes",
+    "gradients": "gradient_bytes",
+    "optimizer": "optimizer_bytes",
+}
 
 
 def params(
@@ -25,7 +34,7 @@ def params(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
-    diff: Annotated[bool, typer.Option("--diff", help="Print only what differs between two runs.")] = False,
+    diff: Annotated[bool, typer.Option("--diff", help="Show only what differs between two runs.")] = False,
 ) -> None:
     """Count every parameter of one or several runs by component: total, what trains, and what that takes in memory.
 
@@ -45,16 +54,20 @@ def params(
     offline()
     from theworld_train.assemble import ledger_of
     from theworld_train.cli.tables import output
+    from theworld_train.hub import required_repositories
 
     ledgers: dict[str, ParameterLedger] = {}
     for path in paths:
         config = _config_of(path, overrides)
+        if problems := [problem for use in required_repositories(config, path) if (problem := _missing(use))]:
+            raise ConfigError(problems)
         name = config.name if config.name not in ledgers else f"{config.name} ({path})"
         ledgers[name] = ledger_of(config)
     if as_json:
-        typer.echo(json.dumps({name: ledger.to_dict() for name, ledger in ledgers.items()}, indent=1))
+        every = {name: ledger.to_dict() for name, ledger in ledgers.items()}
+        typer.echo(json.dumps(_differences(ledgers) if diff else every, indent=1))
         return
-    header, rows = _difference(ledgers) if diff else _side_by_side(ledgers)
+    header, rows = _difference_table(ledgers) if diff else _side_by_side(ledgers)
     if markdown:
         typer.echo("\n".join(_markdown(header, rows)))
     elif not rows:
@@ -75,6 +88,11 @@ def _config_of(path: str, overrides: Sequence[str]) -> RunConfig:
     return load_run_config(path, overrides)
 
 
+def _missing(use: Repository) -> Problem | None:
+    """Returns what is wrong with a model's name; the weights themselves need not be here."""
+    return use.name_problem() if use.kind == "model" else None
+
+
 def _trains(row: LedgerRow | None) -> str:
     if row is None:
         return "absent"
@@ -92,49 +110,75 @@ def _components(ledgers: Mapping[str, ParameterLedger]) -> list[str]:
     return list(dict.fromkeys(row.component for ledger in ledgers.values() for row in ledger.rows))
 
 
-def _totals_of(component: str, ledgers: Mapping[str, ParameterLedger]) -> str:
-    """Returns the size of a component: one number, or one for each run if they differ."""
-    totals = {rows[component].total for ledger in ledgers.values() if component in (rows := _rows_by_component(ledger))}
-    return " / ".join(f"{total:,}" for total in sorted(totals))
-
-
 def _side_by_side(ledgers: Mapping[str, ParameterLedger]) -> tuple[list[str], list[list[str]]]:
     """Returns header and rows of the table in which each run has a column."""
+    blanks = ["" for _ in ledgers]
     body = []
     for component in _components(ledgers):
-        row = [component, _totals_of(component, ledgers)]
+        row = [component, _sizes(_rows_by_component(ledger)[component].total for ledger in _having(component, ledgers))]
         row += [_trains(_rows_by_component(ledger).get(component)) for ledger in ledgers.values()]
         body.append(row)
-    totals = " / ".join(f"{total:,}" for total in sorted({ledger.total for ledger in ledgers.values()}))
-    shares = [f"{led.trainable:,} ({led.trainable / led.total:.2%})" for led in ledgers.values()]
-    body.append(["total", totals, *shares])
-    for label, field in (
-        ("weights", "weight_bytes"),
-        ("gradients", "gradient_bytes"),
-        ("optimizer", "optimizer_bytes"),
-    ):
+        for part in _parts(component, ledgers):
+            holders = [_rows_by_component(ledger)[component].parts for ledger in _having(component, ledgers)]
+            body.append([f"  {part}", _sizes(parts[part] for parts in holders if part in parts), *blanks])
+        body += [[f"  {alias}", "tied", *blanks] for alias in _aliases(component, ledgers)]
+    body.append(
+        ["total", _sizes(led.total for led in ledgers.values()), *(f"{led.trainable:,}" for led in ledgers.values())]
+    )
+    body.append(["  trainable share", "", *(f"{ledger.trainable / ledger.total:.2%}" for ledger in ledgers.values())])
+    for label, field in BYTES.items():
         sums = [sum(getattr(row, field) for row in ledger.rows) for ledger in ledgers.values()]
         body.append([f"{label} (GiB)", "", *(f"{number / GIB:.3f}" for number in sums)])
-    ties = sorted({tie for ledger in ledgers.values() for row in ledger.rows for tie in row.ties})
-    if ties:
-        body.append(["tied, counted once", ", ".join(ties), *("" for _ in ledgers)])
     return ["component", "parameters", *ledgers], body
 
 
-def _difference(ledgers: Mapping[str, ParameterLedger]) -> tuple[list[str], list[list[str]]]:
-    """Returns header and rows of the fields in which two runs differ."""
+def _having(component: str, ledgers: Mapping[str, ParameterLedger]) -> list[ParameterLedger]:
+    return [ledger for ledger in ledgers.values() if component in _rows_by_component(ledger)]
+
+
+def _parts(component: str, ledgers: Mapping[str, ParameterLedger]) -> list[str]:
+    """Returns the parts of a component in the order of the model; none if it is in one piece."""
+    holders = _having(component, ledgers)
+    parts = list(dict.fromkeys(part for ledger in holders for part in _rows_by_component(ledger)[component].parts))
+    return parts if len(parts) > 1 else []
+
+
+def _aliases(component: str, ledgers: Mapping[str, ParameterLedger]) -> list[str]:
+    """Returns the further names of the component's parameters that have several."""
+    ties = [tie for ledger in _having(component, ledgers) for tie in _rows_by_component(ledger)[component].ties]
+    return sorted({alias for _, *aliases in ties for alias in aliases})
+
+
+def _sizes(numbers: Iterable[int]) -> str:
+    """Returns one number, or those of several runs if they differ."""
+    return " / ".join(f"{number:,}" for number in sorted(set(numbers)))
+
+
+def _differences(ledgers: Mapping[str, ParameterLedger]) -> dict[str, dict[str, list[Any]]]:
+    """Returns the fields in which two runs differ, by component, with both values; None where it is absent."""
     first, second = (_rows_by_component(ledger) for ledger in ledgers.values())
-    fields = ("total", "trainable", "dtype", "lr", "weight_decay", "decayed", "weight_bytes", "optimizer_bytes")
-    rows = []
+    differences: dict[str, dict[str, list[Any]]] = {}
     for component in _components(ledgers):
-        for field in fields:
+        for field in ("total", "trainable", "dtype", "ties", "lr", "weight_decay", "decayed", *BYTES.values()):
             values = [getattr(side.get(component), field, None) for side in (first, second)]
             if values[0] != values[1]:
-                rows.append([component, field, *("-" if value is None else _shown(value) for value in values)])
+                differences.setdefault(component, {})[field] = values
+    return differences
+
+
+def _difference_table(ledgers: Mapping[str, ParameterLedger]) -> tuple[list[str], list[list[str]]]:
+    """Returns header and rows of the table of differences."""
+    rows = [
+        [component, field, *map(_shown, values)]
+        for component, fields in _differences(ledgers).items()
+        for field, values in fields.items()
+    ]
     return ["component", "field", *ledgers], rows
 
 
 def _shown(value: object) -> str:
+    if value is None:
+        return "-"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -144,7 +188,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> object:
 
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:
         table.add_row(*row)
     return table

@@ -33,7 +33,9 @@ def parameter_groups(model: TheWorldForConditionalGeneration, config: RunConfig)
         lr = config.optimizer.lr if entry.lr is None else entry.lr
         decay = config.optimizer.weight_decay if entry.weight_decay is None else entry.weight_decay
         for decayed in (True, False):
-            members = {n: p for n, p in parameters.items() if is_decayed(component, n, p) == decayed}
+            members = {
+                n: p for n, p in parameters.items() if p.requires_grad and is_decayed(component, n, p) == decayed
+            }
             if members:
                 groups.append(
                     {
@@ -52,6 +54,11 @@ def build_optimizer(model: TheWorldForConditionalGeneration, config: RunConfig) 
     """Returns AdamW over the trainable parameters."""
     section = config.optimizer
     return torch.optim.AdamW(parameter_groups(model, config), betas=section.betas, eps=section.eps)
+
+
+def state_bytes(size: int) -> int:
+    """Returns the bytes of AdamW's state of a parameter of so many numbers: two fp32 moments, and a step counter."""
+    return 2 * 4 * size + 4
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

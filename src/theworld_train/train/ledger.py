@@ -2,60 +2,110 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from torch import nn
 
 from theworld_train.accounting.ledger import LedgerRow, ParameterLedger
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
-from theworld_train.model.components import component_parameters
+from theworld_train.model.components import component_modules, component_parameters
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
-from theworld_train.train.groups import is_decayed
+from theworld_train.train.groups import parameter_groups, state_bytes
 
 
 def build_ledger(model: TheWorldForConditionalGeneration, config: RunConfig) -> ParameterLedger:
-    """Counts a model that `apply_trainable` has prepared; works on the meta device too.
+    """Counts a model that `apply_trainable` has prepared; works on the meta device too."""
+    modules = {component.value: module for component, module in component_modules(model).items()}
+    return count_parameters(model, modules, parameter_groups(model, config), masters=config.precision == "bf16")
 
-    Gradients of what trains are fp32, as its masters are, and AdamW keeps two fp32 moments of it.
+
+def count_parameters(
+    model: nn.Module,
+    components: Mapping[str, nn.Module],
+    groups: Sequence[Mapping[str, Any]] = (),
+    *,
+    masters: bool = False,
+) -> ParameterLedger:
+    """Counts any model by its components.
+
+    Args:
+        model: The model, before an engine wraps it: ties are known by the identity of its parameters.
+        components: Modules of the model by name; each parameter has to belong to exactly one of them.
+        groups: What an optimizer is given: `params`, `lr` (or `peak_lr`) and `weight_decay`.
+        masters: Whether what trains is computed with in another dtype than it is stored in.
+
+    Raises:
+        AssertionError: If a parameter belongs to no component or to two.
     """
-    aliases = _aliases(model)
-    rows = []
-    for component, parameters in component_parameters(model).items():
-        trains = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        trainable = sum(parameter.numel() for parameter in trains.values())
-        dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in parameters.values()}
-        entry = config.trainable.get(component) if trains else None
-        lr = decay = None
-        if entry is not None:
-            lr = config.optimizer.lr if entry.lr is None else entry.lr
-            decay = config.optimizer.weight_decay if entry.weight_decay is None else entry.weight_decay
-        rows.append(
-            LedgerRow(
-                component=component.value,
-                total=sum(parameter.numel() for parameter in parameters.values()),
-                trainable=trainable,
-                dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
-                lr=lr,
-                weight_decay=decay,
-                decayed=sum(p.numel() for name, p in trains.items() if is_decayed(component, name, p)),
-                weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
-                gradient_bytes=sum(p.numel() * p.element_size() for p in trains.values()),
-                optimizer_bytes=8 * trainable,
-                ties=tuple(alias for name in parameters for alias in aliases.get(name, ())),
-            )
-        )
-    return ParameterLedger(tuple(rows))
-
-
-def _aliases(model: TheWorldForConditionalGeneration) -> dict[str, list[str]]:
-    """Returns the further names of parameters that have several, by their first name."""
-    names: dict[int, str] = {}
-    aliases: dict[str, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = names.setdefault(id(parameter), name)
-        if first != name:
-            aliases.setdefault(first, []).append(name)
-    return aliases
+        names.setdefault(id(parameter), []).append(name)
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    strays = {key: first for key, (first, *_) in names.items()}
+    rows = []
+    for component, module in components.items():
+        parameters = dict(module.named_parameters())
+        for parameter in parameters.values():
+            assert strays.pop(id(parameter), None), f"{component} holds a parameter of another component"
+        rows.append(_row(component, parameters, names, group_of, masters=masters))
+    assert not strays, f"parameters without a component: {list(strays.values())}"
+    return ParameterLedger(tuple(rows), sum(global_size(parameter) for parameter in model.parameters()))
+
+
+def _row(
+    component: str,
+    parameters: Mapping[str, nn.Parameter],
+    names: Mapping[int, Sequence[str]],
+    group_of: Mapping[int, Mapping[str, Any]],
+    *,
+    masters: bool,
+) -> LedgerRow:
+    """Counts the parameters of one component, given by their names in it."""
+    columns: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
+    dtypes: Counter[str] = Counter()
+    groups = []
+    for name, parameter in parameters.items():
+        size, group = global_size(parameter), group_of.get(id(parameter))
+        stored = size * parameter.element_size()
+        parts[name.split(".")[0]] += size
+        dtypes[str(parameter.dtype).removeprefix("torch.")] += size
+        columns["total"] += size
+        columns["master_bytes" if masters and parameter.requires_grad else "weight_bytes"] += stored
+        if parameter.requires_grad:
+            columns["trainable"] += size
+            columns["gradient_bytes"] += stored
+        if group is not None:
+            groups.append(group)
+            columns["decayed"] += size if group["weight_decay"] else 0
+            columns["optimizer_bytes"] += state_bytes(size)
+    return LedgerRow(
+        component=component,
+        total=columns["total"],
+        trainable=columns["trainable"],
+        parts=dict(parts),
+        dtypes=dict(dtypes),
+        ties=tuple(tuple(names[id(p)]) for p in parameters.values() if len(names[id(p)]) > 1),
+        lr=max((group.get("peak_lr", group["lr"]) for group in groups), default=None),
+        weight_decay=max((group["weight_decay"] for group in groups), default=None),
+        decayed=columns["decayed"],
+        weight_bytes=columns["weight_bytes"],
+        master_bytes=columns["master_bytes"],
+        gradient_bytes=columns["gradient_bytes"],
+        optimizer_bytes=columns["optimizer_bytes"],
+    )
+
+
+def global_size(parameter: nn.Parameter) -> int:
+    """Returns the numbers in a parameter over all ranks, of which an engine may have left only a shard here.
+
+    A DTensor's own size is the global one; ZeRO-3 leaves an empty tensor and keeps the size beside it.
+    """
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def check_expectation(ledger: ParameterLedger, config: RunConfig) -> None:
@@ -76,15 +126,38 @@ def check_expectation(ledger: ParameterLedger, config: RunConfig) -> None:
         )
 
 
-def check_wrapped(ledger: ParameterLedger, wrapped: nn.Module) -> None:
-    """Refuses a wrapped model that trains another number of parameters than the ledger says.
+def check_wrapped(ledger: ParameterLedger, wrapped: nn.Module, model: TheWorldForConditionalGeneration) -> None:
+    """Refuses a model that an engine has changed: other sizes than the ledger's, or trainable parts left outside.
+
+    Args:
+        ledger: Of the model before it was wrapped.
+        wrapped: What the engine returned.
+        model: The model, whose components the engine may have given other parameters, such as shards.
 
     Raises:
-        ConfigError: With both numbers, if they differ.
+        ConfigError: With all numbers that differ.
     """
-    number = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-    if number != ledger.trainable:
-        raise ConfigError(f"the ledger counts {ledger.trainable} trainable parameters, the wrapped model has {number}")
+    problems = []
+    parameters = component_parameters(model)
+    for row in ledger.rows:
+        own = parameters[Component(row.component)].values()
+        total = sum(global_size(parameter) for parameter in own)
+        trainable = sum(global_size(parameter) for parameter in own if parameter.requires_grad)
+        if (total, trainable) != (row.total, row.trainable):
+            problems.append(
+                Problem(
+                    f"the ledger counts {row.trainable} trainable of {row.total} parameters, "
+                    f"the wrapped model has {trainable} of {total}",
+                    key=row.component,
+                )
+            )
+    inside = sum(global_size(parameter) for parameter in wrapped.parameters() if parameter.requires_grad)
+    if inside != ledger.trainable:
+        problems.append(
+            Problem(f"the ledger counts {ledger.trainable} trainable parameters, the engine wraps {inside} of them")
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def trainable_components(config: RunConfig) -> tuple[Component, ...]:

@@ -116,7 +116,7 @@ class Trainer:
         self._runtime = runtime
         self._stage = stage
         self._wrapped: nn.Module = runtime.prepare(stage)
-        check_wrapped(ledger, self._wrapped)
+        check_wrapped(ledger, self._wrapped, stage.model)
         self._optimizer = optimizer
         self._max_steps = max_steps
         self._first_step = first_step

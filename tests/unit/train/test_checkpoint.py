@@ -221,9 +221,9 @@ def test_optimizer_comes_back_bit_for_bit(
     tiny: TinyCheckpoint, run_config: Callable[..., RunConfig], write_checkpoint: Write, tmp_path: Path
 ):
     config = run_config("world_projector", "vision_tower")
-    optimizer = stepped(tiny.theworld(), config)
+    optimizer = stepped(tiny.theworld().requires_grad_(True), config)
     path = write_checkpoint(tmp_path / "run", optimizer=optimizer)
-    fresh = build_optimizer(tiny.theworld(), config)
+    fresh = build_optimizer(tiny.theworld().requires_grad_(True), config)
     load_optimizer(fresh, path / "optimizer.safetensors")
     expected, actual = optimizer_tensors(optimizer), optimizer_tensors(fresh)
     assert {name.split("::")[1] for name in expected} == {"step", "exp_avg", "exp_avg_sq"}
@@ -245,9 +245,9 @@ def test_optimizer_of_another_trainable_set_is_refused(
     others: tuple[str, ...],
     strange: str,
 ):
-    optimizer = stepped(tiny.theworld(), run_config("world_projector", "vision_tower"))
+    optimizer = stepped(tiny.theworld().requires_grad_(True), run_config("world_projector", "vision_tower"))
     path = write_checkpoint(tmp_path / "run", optimizer=optimizer)
-    fresh = build_optimizer(tiny.theworld(), run_config(*others))
+    fresh = build_optimizer(tiny.theworld().requires_grad_(True), run_config(*others))
     with pytest.raises(ConfigError, match=rf"another trainable set.*{strange}.*init_from"):
         load_optimizer(fresh, path / "optimizer.safetensors")
     assert not fresh.state, "nothing was taken over"

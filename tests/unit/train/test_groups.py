@@ -21,7 +21,7 @@ FULL = tuple(Component)
 def test_every_trainable_parameter_is_in_one_group(
     tiny: TinyCheckpoint, run_config: Config, trainable: tuple[Component, ...]
 ):
-    model = tiny.theworld()
+    model = tiny.theworld().requires_grad_(True)
     apply_trainable(model, trainable, "fp32")
     groups = parameter_groups(model, run_config(*trainable))
     members = [id(parameter) for group in groups for parameter in group["params"]]
@@ -34,7 +34,7 @@ def test_every_trainable_parameter_is_in_one_group(
 
 
 def test_tied_head_is_stepped_once(tiny: TinyCheckpoint, run_config: Config):
-    model = tiny.theworld()
+    model = tiny.theworld().requires_grad_(True)
     groups = parameter_groups(model, run_config("language_model"))
     embeddings = [name for group in groups for name in group["parameter_names"] if "embed_tokens" in name]
     assert embeddings == ["model.language_model.embed_tokens.weight"]
@@ -52,7 +52,7 @@ def test_rates_and_decay_are_the_components_own_or_the_optimizers(tiny: TinyChec
     config = run_config(optimizer=optimizer).model_copy(
         update={"trainable": run_config(trainable=table).trainable}  # the table, with rates
     )
-    built = build_optimizer(tiny.theworld(), config)
+    built = build_optimizer(tiny.theworld().requires_grad_(True), config)
     assert {group["name"]: (group["lr"], group["weight_decay"]) for group in built.param_groups} == {
         "world_projector/decay": (3e-3, 0.1),
         "world_projector/no_decay": (3e-3, 0.0),
@@ -67,7 +67,7 @@ def test_rates_and_decay_are_the_components_own_or_the_optimizers(tiny: TinyChec
 
 
 def test_only_matrices_of_products_decay(tiny: TinyCheckpoint, run_config: Config):
-    groups = parameter_groups(tiny.theworld(), run_config(*FULL))
+    groups = parameter_groups(tiny.theworld().requires_grad_(True), run_config(*FULL))
     decayed = {name for group in groups if group["name"].endswith("/decay") for name in group["parameter_names"]}
     others = {name for group in groups if group["name"].endswith("/no_decay") for name in group["parameter_names"]}
     assert not [name for name in decayed if name.endswith("bias") or "norm" in name]
@@ -101,11 +101,11 @@ def test_decay_rule(component: Component, name: str, shape: tuple[int, ...], exp
 
 def test_rates_are_a_factor_of_each_peak(tiny: TinyCheckpoint, run_config: Config):
     config = run_config(trainable={"world_projector": {"lr": 1e-2}, "multi_modal_projector": {"lr": 1e-3}})
-    optimizer = build_optimizer(tiny.theworld(), config)
+    optimizer = build_optimizer(tiny.theworld().requires_grad_(True), config)
     assert set_rates(optimizer, 0.5) == pytest.approx({"world_projector": 5e-3, "multi_modal_projector": 5e-4})
     set_rates(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {2.5e-3, 2.5e-4}, "factors do not pile up"
 
 
 def test_every_component_has_its_parameters(tiny: TinyCheckpoint):
-    assert set(component_parameters(tiny.theworld())) == set(FULL)
+    assert set(component_parameters(tiny.theworld().requires_grad_(True))) == set(FULL)
