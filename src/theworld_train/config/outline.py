@@ -249,6 +249,8 @@ def _describe_number(node: Node) -> str:
     noun = "a whole number" if node["type"] == "integer" else "a number"
     if "minimum" in node and "maximum" in node:
         return f"{noun} from {node['minimum']} to {node['maximum']}"
+    if "minimum" in node and "exclusiveMaximum" in node:
+        return f"{noun} from {node['minimum']} to below {node['exclusiveMaximum']}"
     for key, sign in (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<=")):
         if key in node:
             return f"{noun} {sign} {node[key]}"

@@ -13,6 +13,8 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 Name = Annotated[
     str,
     Field(
@@ -138,7 +140,7 @@ class MovingDigitsSource(Section):
     """In the last frame the digit stands at multiples of so many pixels; a small vision tower wants its patch size."""
     plain_share: Fraction = 0.0
     """Share of the digit questions that come without world tokens, so that the model learns to answer without them."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn: scan, place, direction and question."""
 
     @model_validator(mode="after")
@@ -180,7 +182,7 @@ class OptimizerSection(Section):
     """Peak learning rate of components that state none of their own."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of matrices; vectors (norms, biases) and embeddings of positions are never decayed."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """Decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
     """Term added to the denominator."""
@@ -275,7 +277,7 @@ class RunConfig(Section):
     """Name of the run, also in trackers."""
     output_dir: Path
     """Directory of the run: config, metrics and checkpoints."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial values and data order."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: bf16 compute with fp32 masters of what trains; `fp32`: everything fp32."""

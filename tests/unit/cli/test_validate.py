@@ -12,7 +12,7 @@ def test_a_wrong_one_is_listed_with_all_its_problems(folder, call):
     assert (code, out) == (2, "wrong  wrong.yaml\n")
     assert err.splitlines() == [
         "2 problems in wrong.yaml",
-        "  seed: expected a whole number (got 'x')",
+        "  seed: expected a whole number from 0 to 4294967295 (got 'x')",
         "  optimizer.lr: expected a number > 0 (got -1)",
     ]
 

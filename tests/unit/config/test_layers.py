@@ -76,7 +76,7 @@ def test_null_is_a_value_where_the_field_allows_it(write):
 
 
 def test_null_is_an_error_where_the_field_needs_a_value(write, the_problem_of):
-    assert the_problem_of(write("seed: null")).message == "expected a whole number, not null"
+    assert the_problem_of(write("seed: null")).message == "expected a whole number from 0 to 4294967295, not null"
 
 
 def test_a_child_replaces_the_trainable_table_as_a_whole(write):
@@ -254,6 +254,6 @@ def test_a_config_error_carries_every_problem_as_text(write):
     with pytest.raises(ConfigError) as caught:
         load_run_config(write("seed: x\noptimizer: {lr: -1}"))
     assert str(caught.value).splitlines() == [
-        "child.yaml: seed: expected a whole number (got 'x')",
+        "child.yaml: seed: expected a whole number from 0 to 4294967295 (got 'x')",
         "child.yaml: optimizer.lr: expected a number > 0 (got -1)",
     ]

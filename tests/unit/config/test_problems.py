@@ -10,11 +10,13 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
 @pytest.mark.parametrize(
     ("text", "key", "message", "hint"),
     [
-        ("seed: 5.0", "seed", "expected a whole number", "write 5"),
-        ("seed: true", "seed", "expected a whole number", None),
-        ("seed: '5'", "seed", "expected a whole number", "write it without quotes"),
-        ("seed: 010", "seed", "expected a whole number", "write it without leading zeros"),
-        ("seed: [1]", "seed", "expected a whole number", None),
+        ("seed: 5.0", "seed", "expected a whole number from 0 to 4294967295", "write 5"),
+        ("seed: true", "seed", "expected a whole number from 0 to 4294967295", None),
+        ("seed: '5'", "seed", "expected a whole number from 0 to 4294967295", "write it without quotes"),
+        ("seed: 010", "seed", "expected a whole number from 0 to 4294967295", "write it without leading zeros"),
+        ("seed: [1]", "seed", "expected a whole number from 0 to 4294967295", None),
+        ("seed: -1", "seed", "expected a whole number from 0 to 4294967295", None),
+        ("seed: 4294967296", "seed", "expected a whole number from 0 to 4294967295", None),
         ("optimizer: {lr: 0}", "optimizer.lr", "expected a number > 0", None),
         ("optimizer: {lr: .nan}", "optimizer.lr", "expected a number > 0", None),
         ("optimizer: {lr: .inf}", "optimizer.lr", "expected a number > 0", None),
@@ -26,17 +28,19 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
         (
             "optimizer: {betas: [0.9]}",
             "optimizer.betas",
-            "expected a list of 2 values, each a number from 0 to 1",
+            "expected a list of 2 values, each a number from 0 to below 1",
             None,
         ),
         (
             "optimizer: {betas: [0.9, 0.9, 0.9]}",
             "optimizer.betas",
-            "expected a list of 2 values, each a number from 0 to 1",
+            "expected a list of 2 values, each a number from 0 to below 1",
             None,
         ),
-        ("optimizer: {betas: []}", "optimizer.betas", "expected a list of 2 values, each a number from 0 to 1", None),
-        ("optimizer: {betas: [0.9, 2]}", "optimizer.betas[1]", "expected a number from 0 to 1", None),
+        ("optimizer: {betas: []}", "optimizer.betas", "expected a list of 2 values, each a number from 0 to below 1", None),
+        ("optimizer: {betas: [0.9, 2]}", "optimizer.betas[1]", "expected a number from 0 to below 1", None),
+        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas[1]", "expected a number from 0 to below 1", None),
+        ("optimizer: {betas: [-0.1, 0.9]}", "optimizer.betas[0]", "expected a number from 0 to below 1", None),
         ("deterministic: yes", "deterministic", "expected true or false", "write true"),
         ("deterministic: 0", "deterministic", "expected true or false", "write false"),
         ("deterministic: 'true'", "deterministic", "expected true or false", "write it without quotes"),
@@ -181,7 +185,7 @@ def test_an_empty_table_is_refused(write, the_problem_of):
 
 def test_all_problems_come_at_once(write, problems_of):
     path = write(
-        "seed: x\nzzz: 1\nname: a\nname: b\ntrainable: {lm_head: {}}\noptimizer: {lr: -1, betas: [1]}\n"
+        "seed: x\nzzz: 1\nname: a\nname: b\ntrainable: {lm_head: {}}\noptimizer: {lr: -1, betas: [0.9]}\n"
         "data: {train: {source: hub, pth: 1}}\nmodel: !env X\nresume: 3\n"
     )
     keys = {problem.key for problem in problems_of(path, "bad", "sead=1")}
