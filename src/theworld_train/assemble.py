@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from theworld_train.accounting.ledger import ParameterLedger, lines
-from theworld_train.config import dump_config, parse_run_config
+from theworld_train.config import dump_config, load_run_config
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
@@ -44,7 +44,7 @@ from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
 from theworld_train.train.handoff import Inheritance, base_digests, inherit
 from theworld_train.train.ledger import build_ledger, check_expectation, trainable_components
-from theworld_train.train.metrics import MetricsFile, ProgressDisplay, read_metrics
+from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer, TrainingResult
@@ -58,20 +58,29 @@ CONFIG_FILE = "config.yaml"
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a run reads, opened and checked.
+class EvaluationInputs:
+    """What an evaluation reads, opened and checked.
 
     Attributes:
         processor: Turns conversations into tokens and pixels.
-        train: Training samples.
-        held_out: Held-out samples, if there are any.
         max_length: Tokens that a sample may have.
+        held_out: Held-out samples, if there are any.
     """
 
     processor: TheWorldProcessor
-    train: Source
-    held_out: Source | None
     max_length: int
+    held_out: Source | None
+
+
+@dataclass(frozen=True)
+class Inputs(EvaluationInputs):
+    """What a training run reads, opened and checked.
+
+    Attributes:
+        train: Training samples.
+    """
+
+    train: Source
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -82,9 +91,34 @@ def open_inputs(config: RunConfig) -> Inputs:
     """
     train = open_source(config.data.train)
     held_out = None if config.data.eval is None else open_source(config.data.eval)
-    problems = [*train.check(), *([] if held_out is None else held_out.check())]
-    if problems:
-        raise ConfigError(problems)
+    sources = [train] if held_out is None else [train, held_out]
+    processor, max_length = _check_inputs(config, sources, missing_trackers(config.tracking.trackers))
+    return Inputs(processor, max_length, held_out, train)
+
+
+def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
+    """Opens and checks what an evaluation needs, as `open_inputs` does; the training samples need not be there.
+
+    Raises:
+        ConfigError: With everything that is wrong.
+    """
+    assert config.data.eval is not None
+    held_out = open_source(config.data.eval)
+    processor, max_length = _check_inputs(config, [held_out])
+    return EvaluationInputs(processor, max_length, held_out)
+
+
+def _check_inputs(
+    config: RunConfig, sources: Sequence[Source], problems: Sequence[Problem] = ()
+) -> tuple[TheWorldProcessor, int]:
+    """Checks sources and sequence budget, and returns the processor and the tokens that a sample may have.
+
+    Raises:
+        ConfigError: With everything that is wrong; `problems` are what was found before.
+    """
+    found = [*problems, *(problem for source in sources for problem in source.check())]
+    if found:
+        raise ConfigError(found)
     processor = open_processor(config)
     max_length = config.data.max_sequence_length or _context_length(config)
     smallest = processor.num_visual_tokens()
@@ -98,10 +132,10 @@ def open_inputs(config: RunConfig) -> Inputs:
                 hint="raise it, or lower model.world.resolution",
             )
         )
-    for source in (train, held_out):
-        if source is not None and (problems := check_budget(source, Collator(processor, max_length))):
-            raise ConfigError(problems)
-    return Inputs(processor, train, held_out, max_length)
+    for source in sources:
+        if unfit := check_budget(source, Collator(processor, max_length)):
+            raise ConfigError(unfit)
+    return processor, max_length
 
 
 def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldProcessor:
@@ -400,7 +434,7 @@ def _windows(
 
 
 def held_out_batches(
-    config: RunConfig, inputs: Inputs, collator: Collator, runtime: Runtime
+    config: RunConfig, inputs: EvaluationInputs, collator: Collator, runtime: Runtime
 ) -> Generator[EvaluationBatch, None, None]:
     """Returns this rank's share of the held-out samples."""
     assert inputs.held_out is not None
@@ -528,15 +562,15 @@ def write_result(directory: Path, ledger: ParameterLedger, result: TrainingResul
 # -- checkpoints of a run, opened again ---------------------------------------------------------------------------
 
 
-def load_run(checkpoint: Path, overrides: dict[str, Any] | None = None) -> tuple[RunConfig, Path]:
+def load_run(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
     """Returns the config of the run that wrote a checkpoint, and the checkpoint itself.
 
     Args:
         checkpoint: A checkpoint, or a run directory, whose newest one is taken.
-        overrides: Top-level sections to replace.
-    """
-    import yaml
+        overrides: `key=value` texts, as `train` takes them.
 
+    Raises:
+        ConfigError: If there is no checkpoint, or an override is wrong.
+    """
     path = resolve_checkpoint(checkpoint)
-    values = yaml.safe_load((path / CONFIG_FILE).read_text())
-    return parse_run_config(values | (overrides or {}), source=str(path / CONFIG_FILE)), path
+    return load_run_config(path / CONFIG_FILE, overrides), path

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from theworld_train.cli.arguments import split_overrides
+
+if TYPE_CHECKING:
+    from theworld_train.config.schema import Ablation
+
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a run directory, whose newest one is taken.")],
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CHECKPOINT [KEY=VALUE ...]",
+            help="A checkpoint, or a run directory, whose newest one is taken; dotted keys of its config to override.",
+        ),
+    ],
     ablation: Annotated[
         list[str] | None, typer.Option(help="Variant to measure; may be repeated. All of them if absent.")
     ] = None,
@@ -20,17 +31,50 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on its run's held-out split, with the ablations.
 
+    Of the run's data only `data.eval` is read. Another file is measured with `data.eval.path=other.jsonl`.
+
     Example:
         theworld-train evaluate runs/quickstart/full --ablation as_trained --ablation world_masked
     """
-    import json
+    from theworld_train.cli.ranks import is_main_rank, offline, quiet_other_ranks
+    from theworld_train.config.errors import ConfigError
 
-    from theworld_train.cli.ranks import offline
+    paths, overrides = split_overrides(arguments)
+    if len(paths) != 1:
+        raise ConfigError(f"evaluate takes one checkpoint, got {len(paths)}")
+    if samples is not None:
+        overrides.append(f"evaluation.max_samples={samples}")
+    with quiet_other_ranks():
+        chosen = _chosen_ablations(ablation or [])
+        if json_file is not None:
+            _check_writable(json_file)
+        offline()
+        from theworld_train.assemble import load_run
+        from theworld_train.evaluate.ablations import run_ablations
+
+        config, path = load_run(Path(paths[0]), overrides)
+        if not config.model.world.enabled and not ablation:
+            chosen = [name for name in chosen if name in ("as_trained", "image_blanked")]
+        measured = run_ablations(path, chosen, overrides)
+    if is_main_rank():
+        from theworld_train.cli.tables import ablation_table, output
+
+        results: dict[str, dict[str, Any]] = {name: result.to_dict() for name, result in measured.items()}
+        output().print(ablation_table({f"{config.name}/{path.name}": results}))
+        if json_file is not None:
+            _write_json(json_file, results)
+
+
+def _chosen_ablations(names: list[str]) -> list[Ablation]:
+    """Returns the ablations that are named, or all of them if none is.
+
+    Raises:
+        ConfigError: Naming every one that does not exist.
+    """
     from theworld_train.config.errors import ConfigError, Problem, did_you_mean
     from theworld_train.config.schema import ABLATIONS
 
-    chosen = [name for name in ABLATIONS if not ablation or name in ablation]
-    unknown = [name for name in ablation or () if name not in ABLATIONS]
+    unknown = [name for name in names if name not in ABLATIONS]
     if unknown:
         raise ConfigError(
             [
@@ -38,20 +82,27 @@ def evaluate(
                 for name in unknown
             ]
         )
-    offline()
-    from theworld_train.assemble import load_run
-    from theworld_train.cli.tables import ablation_table, output
-    from theworld_train.evaluate.ablations import run_ablations
+    return [name for name in ABLATIONS if not names or name in names]
 
-    config, path = load_run(checkpoint)
-    overrides = None
-    if samples is not None:
-        overrides = {"evaluation": {**config.evaluation.model_dump(mode="json"), "max_samples": samples}}
-    if not config.model.world.enabled:
-        chosen = [name for name in chosen if ablation or name in ("as_trained", "image_blanked")]
-    results: dict[str, Any] = {
-        name: result.to_dict() for name, result in run_ablations(path, chosen, overrides).items()
-    }
-    output().print(ablation_table({f"{config.name}/{path.name}": results}))
-    if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1))
+
+def _check_writable(path: Path) -> None:
+    """Refuses a file that cannot be written, before anything is measured."""
+    import os
+
+    from theworld_train.config.errors import ConfigError, Problem
+
+    folder = path.parent
+    if path.is_dir():
+        raise ConfigError(Problem("is a directory, expected a file to write", key="--json", value=str(path)))
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "cannot be written to" if folder.is_dir() else "does not exist"
+        raise ConfigError(Problem(f"the directory '{folder}' {reason}", key="--json", value=str(path)))
+
+
+def _write_json(path: Path, results: object) -> None:
+    """Writes the file whole or not at all: a pipeline takes its presence for a finished measurement."""
+    import json
+
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(results, indent=1))
+    partial.replace(path)

@@ -17,6 +17,11 @@ def offline() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def is_main_rank() -> bool:
+    """Whether this process is the one that prints and writes; the launcher has numbered the ranks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def quiet_other_ranks() -> Generator[None]:
     """Lets one process of each node report a user's error: its other ranks meet, or are told of, the same one."""

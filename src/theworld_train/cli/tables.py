@@ -61,10 +61,10 @@ def ablation_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title="held-out accuracy with parts taken away", box=box.SIMPLE_HEAD)
     for heading in ("checkpoint", "variant"):
         table.add_column(heading)
-    for heading in ("loss", *kinds, "samples"):
+    for heading in ("loss", *kinds, "samples", "dropped"):
         table.add_column(heading, justify="right")
     for name, variants in results.items():
         for variant, result in variants.items():
-            samples = f"{sum(result['samples'].values()):,}"
-            table.add_row(name, variant, _number(result["loss"]), *_accuracies(result, kinds), samples)
+            counts = f"{sum(result['samples'].values()):,}", f"{result['dropped']:,}"
+            table.add_row(name, variant, _number(result["loss"]), *_accuracies(result, kinds), *counts)
     return table

@@ -55,7 +55,7 @@ class EvaluationBatch:
     Attributes:
         batch: The batch.
         counted: Of each sample, whether it counts; False for padding and for replacements of unusable samples.
-        dropped: Unusable samples that were due here; the held-out split is measured without them.
+        dropped: Unusable samples that were to count here; the held-out split is measured without them.
     """
 
     batch: Batch
@@ -182,16 +182,16 @@ class _TrainingRequests:
 class _Loaded:
     """What a worker made of one micro-batch: the batch, or the error that this process raises in its stead.
 
-    A `ConfigError` travels as a value, since the loader would wrap it in a worker's traceback.
+    A `ConfigError` travels as a value, since the loader would wrap it in a worker's traceback. `dropped` holds, for
+    each place of the batch, the sample that was due there and those that failed in its stead; mostly none.
     """
 
     batch: Batch | None
-    replaced: tuple[bool, ...] = ()
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[tuple[Dropped, ...], ...] = ()
     error: ConfigError | None = None
 
     def pin_memory(self) -> _Loaded:
-        return self if self.batch is None else _Loaded(self.batch.pin_memory(), self.replaced, self.dropped)
+        return self if self.batch is None else _Loaded(self.batch.pin_memory(), self.dropped)
 
 
 class _MicroBatches(Dataset[_Loaded]):
@@ -208,17 +208,17 @@ class _MicroBatches(Dataset[_Loaded]):
             return _Loaded(None, error=error)
 
     def _load(self, indices: Sequence[int]) -> _Loaded:
-        dropped: list[Dropped] = []
         pairs: list[tuple[Sample, EncodedSample]] = []
-        replaced: list[bool] = []
+        dropped: list[tuple[Dropped, ...]] = []
         for index in indices:
-            before = len(dropped)
-            pairs.append(self._usable(index, dropped))
-            replaced.append(len(dropped) > before)
-        return _Loaded(self._collator.collate(pairs), tuple(replaced), tuple(dropped))
+            pair, before = self._usable(index)
+            pairs.append(pair)
+            dropped.append(before)
+        return _Loaded(self._collator.collate(pairs), tuple(dropped))
 
-    def _usable(self, index: int, dropped: list[Dropped]) -> tuple[Sample, EncodedSample]:
-        """Returns the first usable sample from `index` on, and notes those before it."""
+    def _usable(self, index: int) -> tuple[tuple[Sample, EncodedSample], tuple[Dropped, ...]]:
+        """Returns the first usable sample from `index` on, and those before it."""
+        dropped: list[Dropped] = []
         tries = min(len(self._source), MAX_REPLACEMENTS)
         for candidate in range(index, index + tries):
             try:
@@ -228,7 +228,7 @@ class _MicroBatches(Dataset[_Loaded]):
                 dropped.append(Dropped(error.sample_id, error.reason))
                 continue
             if encoded is not None:
-                return sample, encoded
+                return (sample, encoded), tuple(dropped)
             reason = f"does not fit {self._collator.max_length} tokens with its images and a part of its answer"
             dropped.append(Dropped(sample.id, reason))
         last = dropped[-1]
@@ -266,7 +266,8 @@ def _windows(loaded: Generator[_Loaded, None, None], steps: range, per_step: int
         for step in steps:
             parts = [next(loaded) for _ in range(per_step)]
             batches = tuple(part.batch for part in parts if part.batch is not None)
-            yield Window(step, batches, tuple(dropped for part in parts for dropped in part.dropped))
+            dropped = tuple(sample for part in parts for place in part.dropped for sample in place)
+            yield Window(step, batches, dropped)
     finally:
         loaded.close()
 
@@ -277,8 +278,11 @@ def _evaluations(
     try:
         for part, batch_slots in zip(loaded, slots, strict=True):
             assert part.batch is not None
-            counts = zip(batch_slots, part.replaced, strict=True)
-            yield EvaluationBatch(part.batch, tuple(s.counted and not r for s, r in counts), part.dropped)
+            places = list(zip(batch_slots, part.dropped, strict=True))
+            counted = tuple(slot.counted and not dropped for slot, dropped in places)
+            # Only the first is missed here: those that failed in its stead have places of their own.
+            missed = tuple(dropped[0] for slot, dropped in places if slot.counted and dropped)
+            yield EvaluationBatch(part.batch, counted, missed)
     finally:
         loaded.close()
 

@@ -7,12 +7,19 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from theworld_train.assemble import Inputs, held_out_batches, load_model, load_run, move, open_inputs, open_processor
+from theworld_train.assemble import (
+    EvaluationInputs,
+    held_out_batches,
+    load_model,
+    load_run,
+    move,
+    open_evaluation_inputs,
+    open_processor,
+)
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import Ablation, RunConfig
 from theworld_train.data import Collator, EvaluationBatch
@@ -32,14 +39,14 @@ DESCRIPTIONS: dict[Ablation, str] = {
 
 
 def run_ablations(
-    checkpoint: Path, ablations: Sequence[Ablation], overrides: dict[str, Any] | None = None
+    checkpoint: Path, ablations: Sequence[Ablation], overrides: Sequence[str] = ()
 ) -> dict[Ablation, EvaluationResult]:
     """Measures a checkpoint on its run's held-out split.
 
     Args:
         checkpoint: A checkpoint, or a run directory, whose newest one is taken.
         ablations: Variants to measure.
-        overrides: Top-level sections of the run config to replace, such as `evaluation`.
+        overrides: `key=value` texts for the run's config, such as `data.eval.path=other.jsonl`.
 
     Returns:
         The result of each variant.
@@ -52,7 +59,7 @@ def run_ablations(
         raise ConfigError(Problem("the run has no held-out split", source=str(path), key="data.eval"))
     if not config.model.world.enabled and (unfit := sorted(set(ablations) - {"as_trained", "image_blanked"})):
         raise ConfigError(f"{path} has no world path, so there is nothing to take away for {', '.join(unfit)}")
-    inputs = open_inputs(config)
+    inputs = open_evaluation_inputs(config)
     runtime = Runtime(config)
     try:
         model = load_model(config, (), path).model
@@ -70,7 +77,7 @@ def run_ablations(
 
 
 def _measure(
-    config: RunConfig, inputs: Inputs, stage: StageModule, runtime: Runtime, ablations: Sequence[Ablation]
+    config: RunConfig, inputs: EvaluationInputs, stage: StageModule, runtime: Runtime, ablations: Sequence[Ablation]
 ) -> dict[Ablation, EvaluationResult]:
     """Measures all variants; those that share a prompt share the data and the frozen encoders' work."""
     tallies = {ablation: EvaluationTally() for ablation in ablations}
@@ -89,7 +96,7 @@ def _measure(
 
 
 def _encoded(
-    config: RunConfig, inputs: Inputs, stage: StageModule, runtime: Runtime
+    config: RunConfig, inputs: EvaluationInputs, stage: StageModule, runtime: Runtime
 ) -> Generator[tuple[EvaluationBatch, Features, int], None, None]:
     collator = Collator(inputs.processor, inputs.max_length)
     for item in held_out_batches(config, inputs, collator, runtime):

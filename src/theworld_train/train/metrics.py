@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from theworld_train.config.errors import Problem
 
 
 class MetricsFile:
@@ -52,6 +55,20 @@ def read_metrics(path: Path, event: str) -> list[dict[str, Any]]:
     """Returns the events of one kind from a metrics file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [row for row in rows if row["event"] == event]
+
+
+def missing_trackers(trackers: Sequence[str]) -> list[Problem]:
+    """Returns a problem for each tracker whose package is not installed; Accelerate would leave it out silently."""
+    return [
+        Problem(
+            f"needs the package '{name}', which is not installed",
+            key="tracking.trackers",
+            value=name,
+            hint=f"pip install 'theworld-train[{name}]'",
+        )
+        for name in trackers
+        if find_spec(name) is None
+    ]
 
 
 class ProgressDisplay:

@@ -37,7 +37,12 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
             "expected a list of 2 values, each a number from 0 to below 1",
             None,
         ),
-        ("optimizer: {betas: []}", "optimizer.betas", "expected a list of 2 values, each a number from 0 to below 1", None),
+        (
+            "optimizer: {betas: []}",
+            "optimizer.betas",
+            "expected a list of 2 values, each a number from 0 to below 1",
+            None,
+        ),
         ("optimizer: {betas: [0.9, 2]}", "optimizer.betas[1]", "expected a number from 0 to below 1", None),
         ("optimizer: {betas: [0.9, 1]}", "optimizer.betas[1]", "expected a number from 0 to below 1", None),
         ("optimizer: {betas: [-0.1, 0.9]}", "optimizer.betas[0]", "expected a number from 0 to below 1", None),

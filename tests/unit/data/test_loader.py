@@ -221,17 +221,28 @@ def test_every_rank_evaluates_equally_many_batches(fake_source: Sources, encoder
 def test_a_replacement_does_not_count_in_an_evaluation(fake_source: Sources, encoder: Encoder) -> None:
     source = fake_source(4, unreadable=frozenset({1}))
     assert evaluate(source, encoder)[0] == (("s0", "s2"), (True, False))
-    batches = evaluation_batches(
-        source,
-        Collator(encoder, 50),
-        num_samples=4,
-        rank=0,
-        world_size=1,
-        micro_batch_size=2,
-        num_workers=0,
-        pin_memory=False,
-    )
-    assert [[dropped.sample_id for dropped in item.dropped] for item in batches] == [["s1"], []]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_evaluation_drops_each_unusable_sample_once(fake_source: Sources, encoder: Encoder, world_size: int) -> None:
+    # 1 and 2 fail in a row, so that 2 is also tried in the place of 1; 0 is repeated as padding.
+    source = fake_source(5, unreadable=frozenset({0, 1}), long=frozenset({2}))
+    batches = [
+        item
+        for rank in range(world_size)
+        for item in evaluation_batches(
+            source,
+            Collator(encoder, 50),
+            num_samples=5,
+            rank=rank,
+            world_size=world_size,
+            micro_batch_size=4,
+            num_workers=0,
+            pin_memory=False,
+        )
+    ]
+    assert sum(sum(item.counted) for item in batches) == 2
+    assert [dropped.sample_id for item in batches for dropped in item.dropped] == ["s0", "s1", "s2"]
 
 
 def test_check_budget_is_silent_if_any_sample_fits(fake_source: Sources, encoder: Encoder) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.config.components import Component
 from theworld_train.config.schema import MovingDigitsSource, RunConfig
-from theworld_train.data import Collator, EvaluationBatch, evaluation_batches, open_source
+from theworld_train.data import Collator, Dropped, EvaluationBatch, evaluation_batches, open_source
 from theworld_train.model import TheWorld
 from theworld_train.train.evaluation import TOTAL, EvaluationResult, EvaluationTally, evaluate, score
 from theworld_train.train.runtime import Runtime
@@ -93,6 +93,16 @@ def test_exact_match_is_what_greedy_decoding_scores(
     assert result.samples == {kind: len(hits) for kind, hits in by_kind.items()}
 
 
+def test_samples_that_could_not_be_read_are_told(tiny: TinyCheckpoint, held_out: object, runtime: Runtime):
+    (item,) = batches(tiny, held_out, 4, 4)
+    labels = item.batch.labels[:, 1:]
+    item = replace(item, dropped=(Dropped("a", "damaged"), Dropped("b", "too long")))
+    result = tally_of(item, labels[labels != -100], runtime)
+    assert result.dropped == 2
+    assert result.to_dict()["dropped"] == 2
+    assert result.metrics()["eval/dropped"] == 2
+
+
 def same(first: EvaluationResult, second: EvaluationResult) -> bool:
     return (first.accuracy, first.samples) == (second.accuracy, second.samples) and first.loss == pytest.approx(
         second.loss, rel=1e-6
@@ -157,7 +167,7 @@ def test_training_modes_are_restored(tiny: TinyCheckpoint, make_stage: Stage, he
 
 def tally_of(batch: EvaluationBatch, predictions: Tensor, runtime: Runtime) -> EvaluationResult:
     tally = EvaluationTally()
-    tally.add(batch.batch, batch.counted, 6.0, predictions)
+    tally.add(batch, 6.0, predictions)
     return tally.result(runtime)
 
 
@@ -179,10 +189,15 @@ def test_one_kind_needs_no_overall_accuracy(tiny: TinyCheckpoint, runtime: Runti
     labels = item.batch.labels[:, 1:]
     result = tally_of(item, labels[labels != -100], runtime)
     assert result.accuracy == {"direction": 1.0}
-    assert result.metrics() == {"eval/loss": 1.5, "eval/accuracy/direction": 1.0}
-    assert result.to_dict() == {"loss": 1.5, "accuracy": {"direction": 1.0}, "samples": {"direction": 2}}
+    assert result.metrics() == {"eval/loss": 1.5, "eval/accuracy/direction": 1.0, "eval/dropped": 0}
+    assert result.to_dict() == {
+        "loss": 1.5,
+        "accuracy": {"direction": 1.0},
+        "samples": {"direction": 2},
+        "dropped": 0,
+    }
 
 
 def test_nothing_measured_is_no_division_by_zero(runtime: Runtime):
     result = EvaluationTally().result(runtime)
-    assert (result.loss, result.accuracy, result.samples) == (0.0, {}, {})
+    assert (result.loss, result.accuracy, result.samples, result.dropped) == (0.0, {}, {}, 0)

@@ -6,9 +6,10 @@ import io
 import json
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from theworld_train.train.metrics import MetricsFile, ProgressDisplay, read_metrics
+from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
 
 
 def write(path: Path, first_step: int, steps: range) -> None:
@@ -81,3 +82,10 @@ def test_progress_is_a_bar_on_a_terminal():
     display.update(1, loss=1.25, rate=1e-3, tokens_per_s=1234.5)
     display.close()
     assert "1/2" in out.getvalue()
+
+
+def test_tracker_whose_package_is_missing_is_told_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("theworld_train.train.metrics.find_spec", lambda name: None if name == "wandb" else object())
+    (problem,) = missing_trackers(("tensorboard", "wandb"))
+    assert (problem.key, problem.value) == ("tracking.trackers", "wandb")
+    assert problem.hint == "pip install 'theworld-train[wandb]'"
