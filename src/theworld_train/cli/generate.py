@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+#: Frames taken from a video unless told otherwise, as sources of training data do.
+DEFAULT_FRAMES = 9
+
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run directory, or an exported model.")],
@@ -16,8 +19,16 @@ def generate(
         list[Path] | None, typer.Option(help="A video file or a folder of frames; may be repeated.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
-    max_frames: Annotated[int, typer.Option(min=1, help="Frames taken from a video, 1 + 4k.")] = 9,
-    world: Annotated[bool, typer.Option(help="Whether the model sees world tokens.")] = True,
+    max_frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most frames taken from a video, 1 + 4k; 9 if absent, or fewer if the model takes fewer."
+        ),
+    ] = None,
+    world: Annotated[
+        bool | None,
+        typer.Option("--world/--no-world", help="Whether the model sees world tokens; if absent, whether it can."),
+    ] = None,
 ) -> None:
     """Answer a question about images or clips, by greedy decoding.
 
@@ -25,36 +36,55 @@ def generate(
         theworld-train generate runs/quickstart/full --video clip.mp4 --prompt "Which way does it move?"
     """
     from theworld_train.cli.ranks import offline
-    from theworld_train.config.errors import ConfigError
 
-    if (max_frames - 1) % 4:
-        raise ConfigError(f"--max-frames must be 1 + 4k, as the VAE compresses time by 4, got {max_frames}")
-    content = _visual_parts(image or [], video or [], max_frames)
     offline()
-    from theworld_train.evaluate.answer import answer
+    from theworld_train.evaluate.answer import answer, find_model
 
-    content.append({"type": "text", "text": prompt})
-    typer.echo(answer(checkpoint, content, max_new_tokens=max_new_tokens, enable_world=world))
+    source = find_model(checkpoint, world)
+    frames = _frames_to_take(max_frames, source.max_frames)
+    content = _content(image or [], video or [], frames, prompt)
+    typer.echo(answer(source, content, max_new_tokens=max_new_tokens))
 
 
-def _visual_parts(images: list[Path], videos: list[Path], max_frames: int) -> list[dict[str, Any]]:
-    """Loads the visual parts of the question.
+def _frames_to_take(wanted: int | None, most: int | None) -> int:
+    """Returns the most frames that are taken from a video, given the most that the model takes.
 
     Raises:
-        ConfigError: Naming every file that cannot be read.
+        ConfigError: If they are no 1 + 4k, or the model takes fewer.
     """
     from theworld_train.config.errors import ConfigError, Problem
+
+    if wanted is None:
+        return DEFAULT_FRAMES if most is None else min(DEFAULT_FRAMES, most)
+    message = None
+    if (wanted - 1) % 4:
+        message = "must be 1 + 4k, as the VAE compresses time by 4"
+    elif most is not None and wanted > most:
+        message = f"the model takes at most {most} frames, 1 + 4 x its max_world_steps of {(most - 1) // 4}"
+    if message is not None:
+        raise ConfigError(Problem(message, key="--max-frames", value=wanted))
+    return wanted
+
+
+def _content(images: list[Path], videos: list[Path], max_frames: int, prompt: str) -> list[dict[str, Any]]:
+    """Loads the parts of the question.
+
+    Raises:
+        ConfigError: Naming every file that cannot be read, and a prompt that asks nothing.
+    """
+    from theworld_train.config.errors import ConfigError, Problem
+    from theworld_train.config.layers import COMMAND_LINE
     from theworld_train.data.images import open_image
     from theworld_train.data.source import MediaError
     from theworld_train.data.video import frame_files, read_clip, read_frames
 
     parts: list[dict[str, Any]] = []
-    problems = []
+    problems = [] if prompt.strip() else [Problem("the question is empty", source=COMMAND_LINE, key="--prompt")]
     for option, paths in (("--image", images), ("--video", videos)):
         for path in paths:
             try:
                 if not path.exists():
-                    raise MediaError(f"no such file: {path}")
+                    raise MediaError(f"{path}: no such file")
                 if option == "--image":
                     parts.append({"type": "image", "image": open_image(path)})
                 else:
@@ -62,7 +92,7 @@ def _visual_parts(images: list[Path], videos: list[Path], max_frames: int) -> li
                     frames = read_frames(frame_files(path), max_frames, path) if folder else read_clip(path, max_frames)
                     parts.append({"type": "video", "video": frames})
             except MediaError as error:
-                problems.append(Problem(str(error), source="command line", key=option))
+                problems.append(Problem(str(error), source=COMMAND_LINE, key=option))
     if problems:
         raise ConfigError(problems)
-    return parts
+    return [*parts, {"type": "text", "text": prompt}]
