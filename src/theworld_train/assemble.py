@@ -120,6 +120,8 @@ def _check_inputs(
     if found:
         raise ConfigError(found)
     processor = open_processor(config)
+    if config.model.world.enabled:
+        _check_encoder(config)
     max_length = config.data.max_sequence_length or _context_length(config)
     smallest = processor.num_visual_tokens()
     if max_length <= smallest:
@@ -155,6 +157,29 @@ def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldP
             Problem(f"cannot read tokenizer and processor: {error}", key="model.base", value=config.model.base)
         ) from error
     return processor
+
+
+def _check_encoder(config: RunConfig) -> None:
+    """Makes sure that the world encoder is a video VAE; its weights are not read.
+
+    Raises:
+        ConfigError: If it is something else, or not there.
+    """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+
+    world = config.model.world
+    problem = Problem(
+        f"holds no {AutoencoderKLWan.__name__} under vae/",
+        key="model.world.encoder",
+        value=world.encoder,
+        hint="name a hub id or a directory whose vae/config.json describes one",
+    )
+    try:
+        description = AutoencoderKLWan.load_config(world.encoder, subfolder="vae", revision=world.encoder_revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(problem) from error
+    if dict(description).get("_class_name") != AutoencoderKLWan.__name__:
+        raise ConfigError(problem)
 
 
 def _context_length(config: RunConfig) -> int:
@@ -205,24 +230,30 @@ def load_model(
         trainable: Components that train; none for evaluation.
         checkpoint: A sealed checkpoint, or None to start from the bases.
         resume: Whether the run that wrote the checkpoint is continued.
+
+    Raises:
+        ConfigError: If weights are missing, or the checkpoint does not fit them.
     """
     world = config.model.world
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
-    model = TheWorld.from_pretrained(
-        config.model.base,
-        revision=config.model.revision or "main",
-        enable_world=world.enabled,
-        cosmos=world.encoder,
-        cosmos_revision=world.encoder_revision,
-        attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
-        projection=world.projection,
-        tokens=world.tokens,
-        resolution=world.resolution,
-        resize=world.resize,
-        max_world_steps=world.max_world_steps,
-        dtype="auto",
-    )
+    try:
+        model = TheWorld.from_pretrained(
+            config.model.base,
+            revision=config.model.revision or "main",
+            enable_world=world.enabled,
+            cosmos=world.encoder,
+            cosmos_revision=world.encoder_revision,
+            attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
+            projection=world.projection,
+            tokens=world.tokens,
+            resolution=world.resolution,
+            resize=world.resize,
+            max_world_steps=world.max_world_steps,
+            dtype="auto",
+        )
+    except OSError as error:
+        raise ConfigError(Problem(f"the weights cannot be read: {error}", key="model")) from error
     base = _base(config.model.base, config.model.revision)
     encoder = _base(world.encoder, world.encoder_revision) if world.enabled else None
     digests = base_digests(model)

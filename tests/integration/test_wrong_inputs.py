@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tests.helpers.tiny import TinyCheckpoint
@@ -29,11 +30,17 @@ def weightless(tiny: TinyCheckpoint, tmp_path: Path) -> list[str]:
     ]
 
 
+def failing(*arguments: str) -> str:
+    """Runs a command that has to end with a user's error, and returns that as one line."""
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), f"{result.output}\n{result.exception!r}"
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
 def error_of(arguments: list[str]) -> str:
     """Runs `train` with the quickstart's config, and returns the error as one line."""
-    result = CliRunner().invoke(app, ["train", str(QUICKSTART), *arguments])
-    assert result.exit_code == 2, f"{result.output}\n{result.exception!r}"
-    return " ".join(result.output.split())
+    return failing("train", str(QUICKSTART), *arguments)
 
 
 def jsonl(tmp_path: Path, *rows: dict[str, object]) -> str:
@@ -120,3 +127,196 @@ def test_another_number_of_trainable_parameters_is_printed(weightless: list[str]
     then = error_of([*weightless, f"expect_trainable={stated}", f"init_from={QUICKSTART.parent}"])
     assert "expect_trainable" not in then
     assert "is no checkpoint" in then
+
+
+def test_missing_weights_are_a_user_error(weightless: list[str]) -> None:
+    error = error_of([*weightless, "training.max_steps=1"])
+    assert "model: the weights cannot be read" in error
+    assert "gemma" in error
+
+
+@pytest.mark.parametrize("kind", ["gemma", "nothing"])
+def test_world_encoder_of_another_kind_is_named(weightless: list[str], tmp_path: Path, kind: str) -> None:
+    (tmp_path / "nothing").mkdir()
+    encoder = tmp_path / "weightless" / "gemma" if kind == "gemma" else tmp_path / "nothing"
+    error = error_of([*weightless, f"model.world.encoder={encoder}"])
+    assert "model.world.encoder: holds no AutoencoderKLWan" in error
+
+
+def test_tracker_that_is_not_installed_is_refused(weightless: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("theworld_train.train.metrics.find_spec", lambda name: None)
+    error = error_of([*weightless, "tracking.trackers=[wandb, tensorboard]"])
+    assert "pip install 'theworld-train[wandb]'" in error
+    assert "pip install 'theworld-train[tensorboard]'" in error
+
+
+def test_directory_instead_of_a_data_file_is_named(weightless: list[str], tmp_path: Path) -> None:
+    error = error_of([*weightless, f"data.train={{source: jsonl, path: {tmp_path}}}"])
+    assert "is a directory, expected a JSONL file" in error
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed=-1", "seed: expected a whole number from 0 to 4294967295"),
+        ("data.train.seed=4294967296", "data.train.seed: expected a whole number from 0 to 4294967295"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas[1]: expected a number from 0 to below 1"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay: expected a number >= 0"),
+        ("optimizer.eps=0", "optimizer.eps: expected a number > 0"),
+        ("training.micro_batch_size=64", "training.global_batch_size: must be a multiple of"),
+        ("evaluation.max_samples=0", "evaluation.max_samples: expected a whole number > 0"),
+        ("data.train.questions=[]", "questions must name at least one kind"),
+        ("data.train.canvas=1", "data.train.canvas: expected a whole number from 16 to 4096"),
+        ("data.train.frames=21", "max_world_steps is 4"),
+        ("name=a/b", "name: expected 1 to 64 letters"),
+        ("name=..", "name: expected 1 to 64 letters"),
+        ("model.base=", "malformed override"),
+        ("model.base=''", "model.base: expected text that is not empty"),
+        ("resume=nowhere", "is no checkpoint"),
+    ],
+)
+def test_wrong_value_is_answered_before_weights_are_read(weightless: list[str], override: str, message: str) -> None:
+    assert message in error_of([*weightless, override])
+
+
+# -- asking and measuring a checkpoint ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of one step by whether they have a world path; their training file is gone."""
+    root = tmp_path_factory.mktemp("trained")
+    row = {"messages": [{"role": "user", "content": "left"}, {"role": "assistant", "content": "right"}]}
+    runs = {}
+    for name, extra in (("world", []), ("plain", ["model.world.enabled=false"])):
+        data = root / f"{name}.jsonl"
+        data.write_text(json.dumps(row) + "\n")
+        arguments = [
+            f"output_dir={root / name}",
+            f"model.base={tiny.gemma}",
+            f"model.world.encoder={tiny.cosmos}",
+            "trainable={language_model: {}}",
+            "expect_trainable=null",
+            f"data.train={{source: jsonl, path: {data}}}",
+            "data.eval.samples=4",
+            "data.num_workers=0",
+            "training.max_steps=1",
+            "training.global_batch_size=1",
+            "training.micro_batch_size=1",
+            "training.verify_freezing=false",
+            "schedule.warmup_steps=0",
+        ]
+        result = CliRunner().invoke(app, ["train", str(QUICKSTART), *arguments, *extra])
+        assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+        data.unlink()
+        runs[name] = root / name
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "message"),
+    [
+        ("world", ["--max-frames", "33"], "takes at most 17 frames, 1 + 4 x its max_world_steps of 4 (got 33)"),
+        ("world", ["--max-frames", "4"], "must be 1 + 4k"),
+        ("world", ["--image", __file__], "not an image"),
+        ("world", ["--image", "nowhere.png"], "nowhere.png: no such file"),
+        ("world", ["--prompt", " "], "--prompt: the question is empty"),
+        ("world", ["--prompt", "a <start_of_image>"], "reserved token"),
+        ("plain", ["--world"], "the model has no world path"),
+    ],
+)
+def test_generate_names_what_is_wrong(trained: dict[str, Path], run: str, arguments: list[str], message: str) -> None:
+    assert message in failing("generate", str(trained[run]), "--prompt", "left", *arguments)
+
+
+def test_generate_refuses_a_directory_of_another_kind(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    assert "is no checkpoint" in failing("generate", str(tmp_path), "--prompt", "left")
+    vae = str(Path(tiny.cosmos) / "vae")
+    assert "expected 'theworld' or 'gemma3'" in failing("generate", vae, "--prompt", "left")
+
+
+def test_generate_names_damage(trained: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(trained["world"] / "step-1", tmp_path / "step-1")
+    (tmp_path / "step-1" / "world_projector.safetensors").unlink()
+    assert "world_projector.safetensors" in failing("generate", str(tmp_path), "--prompt", "left")
+    (tmp_path / "step-1" / "config.json").write_text("{")
+    assert "config.json" in failing("generate", str(tmp_path / "step-1"), "--prompt", "left")
+
+
+@pytest.mark.parametrize(("run", "option"), [("plain", []), ("plain", ["--no-world"]), ("world", ["--no-world"])])
+def test_generate_answers_without_world_tokens(
+    trained: dict[str, Path], tmp_path: Path, run: str, option: list[str]
+) -> None:
+    for number in range(33):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number:02}.png")
+    arguments = ["--prompt", "left", "--video", str(tmp_path), "--max-frames", "33", "--max-new-tokens", "1", *option]
+    result = CliRunner().invoke(app, ["generate", str(trained[run]), *arguments])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ablation", "as_trainde"], "did you mean 'as_trained'?"),
+        (["--json", "nowhere/x.json"], "the directory 'nowhere' does not exist"),
+        (["--json", "."], "is a directory, expected a file to write"),
+        (["data.eval.sample=1"], "did you mean 'data.eval.samples'?"),
+        (["data.eval=null"], "the run has no held-out split"),
+        (["data.eval={source: jsonl, path: nowhere.jsonl}"], "nowhere.jsonl"),
+        (["another"], "evaluate takes one checkpoint, got 2"),
+    ],
+)
+def test_evaluate_names_what_is_wrong(trained: dict[str, Path], arguments: list[str], message: str) -> None:
+    assert message in failing("evaluate", str(trained["world"]), *arguments)
+
+
+def test_evaluate_needs_the_held_out_samples_alone(trained: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    arguments = ["--ablation", "as_trained", "--samples", "2", "--json", str(file)]
+    result = CliRunner().invoke(app, ["evaluate", str(trained["world"]), "data.eval.canvas=32", *arguments])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    measured = json.loads(file.read_text())["as_trained"]
+    assert sum(measured["samples"].values()) == 2
+    assert measured["dropped"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "nothing else is left behind"
+
+
+def test_evaluate_tells_what_it_had_to_drop(trained: dict[str, Path], tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "right"}
+    good = {"messages": [{"role": "user", "content": "left"}, answer]}
+    image = {"role": "user", "content": [{"type": "image", "path": "damaged.png"}, {"type": "text", "text": "left"}]}
+    (tmp_path / "damaged.png").write_text("no image")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (good, {"messages": [image, answer]}))
+    )
+    source = f"data.eval={{source: jsonl, path: {tmp_path / 'rows.jsonl'}}}"
+    arguments = ["--ablation", "as_trained", "--json", str(tmp_path / "results.json")]
+    result = CliRunner().invoke(app, ["evaluate", str(trained["world"]), source, *arguments])
+    assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
+    measured = json.loads((tmp_path / "results.json").read_text())["as_trained"]
+    assert (measured["samples"], measured["dropped"]) == ({"all": 1}, 1)
+    assert "dropped" in result.output
+
+
+def test_only_the_main_rank_prints_and_writes(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld_train.cli.ranks.is_main_rank", lambda: False)
+    arguments = ["--ablation", "as_trained", "--json", str(tmp_path / "results.json")]
+    result = CliRunner().invoke(app, ["evaluate", str(trained["world"]), *arguments])
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_run_and_train_say_which_of_them_a_file_is_for(tmp_path: Path) -> None:
+    assert "theworld-train train" in failing("run", str(QUICKSTART))
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(f"name: p\noutput_dir: o\nlauncher: [nosuchprogram]\nstages: [{{config: {QUICKSTART}}}]\n")
+    assert "theworld-train run" in failing("train", str(pipeline))
+    assert "launcher: no such program (got 'nosuchprogram')" in failing("run", str(pipeline))
+
+
+def test_tiny_model_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    assert "cannot be written to" in failing("tiny", str(tmp_path / "taken" / "tiny"))
+    assert "taken" in failing("tiny", str(tmp_path / "taken"))

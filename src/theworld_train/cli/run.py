@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,14 +26,19 @@ def run(
         theworld-train run configs/pipelines/quickstart.yaml output_dir=runs/second-try
     """
     from theworld_train.cli.tables import output
-    from theworld_train.config import load_pipeline_config
-    from theworld_train.config.errors import ConfigError
+    from theworld_train.config import config_kind, load_pipeline_config
+    from theworld_train.config.errors import ConfigError, Problem
     from theworld_train.pipeline.runner import SUMMARY_FILE, StageFailedError, run_pipeline
 
     paths, overrides = split_overrides(arguments)
     if len(paths) != 1:
         raise ConfigError(f"run takes one pipeline, got {len(paths)}")
+    if config_kind(paths[0]) == "run":
+        hint = f"for a run config: theworld-train train {paths[0]}"
+        raise ConfigError(Problem("has no stages, so it is no pipeline", source=paths[0], hint=hint))
     pipeline = load_pipeline_config(paths[0], overrides)
+    if pipeline.launcher and shutil.which(pipeline.launcher[0]) is None:
+        raise ConfigError(Problem("no such program", source=paths[0], key="launcher", value=pipeline.launcher[0]))
     console = output()
     try:
         summary = run_pipeline(pipeline, console)

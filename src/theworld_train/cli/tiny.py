@@ -28,5 +28,8 @@ def tiny(
     offline()
     from theworld_train.pipeline.tiny import build_tiny
 
-    written = build_tiny(directory, seed, resolution)
+    try:
+        written = build_tiny(directory, seed, resolution)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written to: {error.strerror}") from error
     typer.echo(f"{directory}: {'written' if written else 'there already'}")

@@ -21,13 +21,16 @@ def train(
         theworld-train train configs/stages/projection.yaml optimizer.lr=3e-4 training.max_steps=100
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
-    from theworld_train.config import load_run_config
-    from theworld_train.config.errors import ConfigError
+    from theworld_train.config import config_kind, load_run_config
+    from theworld_train.config.errors import ConfigError, Problem
 
     paths, overrides = split_overrides(arguments)
     if len(paths) != 1:
         raise ConfigError(f"train takes one config, got {len(paths)}")
     with quiet_other_ranks():
+        if config_kind(paths[0]) == "pipeline":
+            hint = f"theworld-train run {paths[0]}"
+            raise ConfigError(Problem("has stages, so it is a pipeline", source=paths[0], hint=hint))
         config = load_run_config(paths[0], overrides)
         offline()
         from theworld_train import hub

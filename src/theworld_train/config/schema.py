@@ -18,12 +18,16 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 Name = Annotated[
     str,
     Field(
-        pattern=r"^[A-Za-z0-9._-]{1,64}$",
+        # A directory is named after it, which `..` would lead out of.
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
         # What errors say instead of the pattern.
-        json_schema_extra={"x-expected": "1 to 64 letters, digits, dots, underscores and hyphens"},
+        json_schema_extra={
+            "x-expected": "1 to 64 letters, digits, dots, underscores and hyphens, with no dot at the front"
+        },
     ),
 ]
 Path = Annotated[str, Field(min_length=1)]
+Repository = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -37,7 +41,7 @@ class WorldConfig(Section):
 
     enabled: bool = True
     """Whether the model has a world path at all; without it the model is plain Gemma 3."""
-    encoder: str = "nvidia/Cosmos-Predict2-2B-Video2World"
+    encoder: Repository = "nvidia/Cosmos-Predict2-2B-Video2World"
     """Hub id or directory whose `vae` subfolder holds the video VAE."""
     encoder_revision: str | None = None
     """Hub revision (branch, tag or commit) of the encoder."""
@@ -66,7 +70,7 @@ class WorldConfig(Section):
 class ModelSection(Section):
     """Which weights the run starts from."""
 
-    base: str = "google/gemma-3-4b-it"
+    base: Repository = "google/gemma-3-4b-it"
     """Hub id or directory of a Gemma 3 checkpoint."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
@@ -109,7 +113,7 @@ class HubSource(Section):
 
     source: Literal["hub"]
     """Selects this kind of source."""
-    id: str
+    id: Repository
     """Dataset id on the hub, or a directory written by `save_to_disk`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the dataset."""
@@ -132,8 +136,8 @@ class MovingDigitsSource(Section):
     """Kinds of question, taken in turn."""
     frames: PositiveInt = 9
     """Frames of a clip, 1 + 4k."""
-    canvas: PositiveInt = 64
-    """Side of the canvas in pixels."""
+    canvas: Annotated[int, Field(ge=16, le=4096)] = 64
+    """Side of the canvas in pixels; a digit takes half of it, and its scan has 8."""
     speed: PositiveInt = 6
     """Pixels that the digit moves between two frames."""
     grid: PositiveInt = 16

@@ -37,7 +37,8 @@ class JsonlConversations:
         self._path = Path(config.path)
         self._max_video_frames = config.max_video_frames
         if not self._path.is_file():
-            raise ConfigError(Problem("no such file", source=config.path))
+            message = "is a directory, expected a JSONL file" if self._path.is_dir() else "no such file"
+            raise ConfigError(Problem(message, source=config.path))
         self._root = self._path.parent.resolve()
         self._offsets, self._lines = _index_lines(self._path)
         if not len(self._lines):

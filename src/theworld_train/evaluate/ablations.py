@@ -129,7 +129,7 @@ def _ablated(
 
 
 def _fresh_projector(stage: StageModule, seed: int) -> dict[str, Tensor]:
-    """Returns the world projector's weights as they would be drawn before any training."""
+    """Returns weights of the world projector drawn as for a new run; not the ones that this run has started from."""
     fresh = copy.deepcopy(stage.model.world_projector)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

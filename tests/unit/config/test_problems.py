@@ -52,7 +52,20 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
         (
             "name: a b",
             "name",
-            "expected 1 to 64 letters, digits, dots, underscores and hyphens",
+            "expected 1 to 64 letters, digits, dots, underscores and hyphens, with no dot at the front",
+            None,
+        ),
+        (
+            "name: ..",
+            "name",
+            "expected 1 to 64 letters, digits, dots, underscores and hyphens, with no dot at the front",
+            None,
+        ),
+        ("model: {base: ''}", "model.base", "expected text that is not empty", None),
+        (
+            "data: {eval: {source: moving_digits, split: eval, samples: 3, canvas: 1}}",
+            "data.eval.canvas",
+            "expected a whole number from 16 to 4096",
             None,
         ),
         ("output_dir: ''", "output_dir", "expected text that is not empty", None),
