@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
 from theworld_train.accounting.ledger import ParameterLedger, lines
+from theworld_train.checkpoint_files import checkpoints, resolve_checkpoint
 from theworld_train.config import dump_config, load_run_config
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
@@ -33,16 +35,18 @@ from theworld_train.data import (
 )
 from theworld_train.model import TheWorld, TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld_train.model.build import build_on_meta, describe_architecture
+from theworld_train.model.digest import base_digests
+from theworld_train.model.world_encoder import read_vae_config
 from theworld_train.train.checkpoint import (
+    OPTIMIZER_FILE,
     Base,
     CheckpointWriter,
-    checkpoints,
-    resolve_checkpoint,
+    load_optimizer,
     restore_random_state,
 )
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
-from theworld_train.train.handoff import Inheritance, base_digests, inherit
+from theworld_train.train.handoff import Inheritance, inherit
 from theworld_train.train.ledger import build_ledger, check_expectation, trainable_components
 from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
 from theworld_train.train.runtime import Runtime
@@ -121,7 +125,7 @@ def _check_inputs(
         raise ConfigError(found)
     processor = open_processor(config)
     if config.model.world.enabled:
-        _check_encoder(config)
+        read_vae_config(config.model.world.encoder, config.model.world.encoder_revision)
     max_length = config.data.max_sequence_length or _context_length(config)
     smallest = processor.num_visual_tokens()
     if max_length <= smallest:
@@ -159,32 +163,7 @@ def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldP
     return processor
 
 
-def _check_encoder(config: RunConfig) -> None:
-    """Makes sure that the world encoder is a video VAE; its weights are not read.
-
-    Raises:
-        ConfigError: If it is something else, or not there.
-    """
-    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-
-    world = config.model.world
-    problem = Problem(
-        f"holds no {AutoencoderKLWan.__name__} under vae/",
-        key="model.world.encoder",
-        value=world.encoder,
-        hint="name a hub id or a directory whose vae/config.json describes one",
-    )
-    try:
-        description = AutoencoderKLWan.load_config(world.encoder, subfolder="vae", revision=world.encoder_revision)
-    except (OSError, ValueError) as error:
-        raise ConfigError(problem) from error
-    if dict(description).get("_class_name") != AutoencoderKLWan.__name__:
-        raise ConfigError(problem)
-
-
 def _context_length(config: RunConfig) -> int:
-    from transformers import AutoConfig
-
     base = AutoConfig.from_pretrained(config.model.base, revision=config.model.revision or "main")
     return int(base.get_text_config().max_position_embeddings)
 
@@ -208,8 +187,8 @@ class LoadedModel:
     Attributes:
         model: The model, frozen and trainable parts set.
         base: Where language and vision weights come from.
-        encoder: Where the world encoder comes from.
-        digests: Digest of each component as its base holds it.
+        encoder: Where the chain's world encoder comes from.
+        digests: Digest of each component as the chain's bases hold it.
         inheritance: What came from a checkpoint.
     """
 
@@ -237,23 +216,20 @@ def load_model(
     world = config.model.world
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
-    try:
-        model = TheWorld.from_pretrained(
-            config.model.base,
-            revision=config.model.revision or "main",
-            enable_world=world.enabled,
-            cosmos=world.encoder,
-            cosmos_revision=world.encoder_revision,
-            attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
-            projection=world.projection,
-            tokens=world.tokens,
-            resolution=world.resolution,
-            resize=world.resize,
-            max_world_steps=world.max_world_steps,
-            dtype="auto",
-        )
-    except OSError as error:
-        raise ConfigError(Problem(f"the weights cannot be read: {error}", key="model")) from error
+    model = TheWorld.from_pretrained(
+        config.model.base,
+        revision=config.model.revision,
+        enable_world=world.enabled,
+        cosmos=world.encoder,
+        cosmos_revision=world.encoder_revision,
+        attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
+        projection=world.projection,
+        tokens=world.tokens,
+        resolution=world.resolution,
+        resize=world.resize,
+        max_world_steps=world.max_world_steps,
+        dtype="auto",
+    )
     base = _base(config.model.base, config.model.revision)
     encoder = _base(world.encoder, world.encoder_revision) if world.enabled else None
     digests = base_digests(model)
@@ -263,6 +239,8 @@ def load_model(
         inheritance = inherit(
             model, checkpoint, base=base, encoder=encoder, digests=digests, resume=resume, trainable=trainable
         )
+        # A stage without a world path hands on what the stages before it have recorded of theirs.
+        encoder, digests = encoder or inheritance.encoder, inheritance.digests | digests
     return LoadedModel(model, base, encoder, digests, inheritance)
 
 
@@ -433,8 +411,6 @@ def _train(
 
 
 def _restore(optimizer: torch.optim.Optimizer, inheritance: Inheritance, runtime: Runtime) -> None:
-    from theworld_train.train.checkpoint import OPTIMIZER_FILE, load_optimizer
-
     assert inheritance.source is not None
     load_optimizer(optimizer, inheritance.source / OPTIMIZER_FILE)
     if runtime.rank < len(inheritance.rng):
@@ -492,11 +468,10 @@ def _saver(
 ) -> Callable[[int, list[dict[str, Any]]], None]:
     """Returns the function that writes a checkpoint; on other ranks it does nothing."""
     writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
-    trained = {component.value for component in config.trainable}
-    if config.model.world.enabled:
-        trained.add(Component.WORLD_PROJECTOR.value)  # no base holds it, so it is saved even where it never trained
-    carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in config.trainable}
-    trained -= carried.keys()
+    trained = tuple(sorted(component.value for component in config.trainable))
+    carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in trained}
+    projector = Component.WORLD_PROJECTOR.value  # no base holds it, so it is saved even where it has never trained
+    has_new_projector = config.model.world.enabled and projector not in (*trained, *carried)
 
     def save(step: int, rng: list[dict[str, Any]]) -> None:
         if not runtime.is_main:
@@ -510,7 +485,9 @@ def _saver(
             run_name=config.name,
             base=loaded.base,
             encoder=loaded.encoder,
-            trained=tuple(sorted(trained)),
+            init_from=loaded.inheritance.origin,
+            trained=trained,
+            initialised=(projector,) if has_new_projector else (),
             carried=carried,
             base_digests=loaded.digests,
             ledger=ledger.to_dict(),

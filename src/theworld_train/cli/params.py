@@ -82,7 +82,7 @@ def _config_of(path: str, overrides: Sequence[str]) -> RunConfig:
 
     if Path(path).is_dir():
         from theworld_train.assemble import CONFIG_FILE
-        from theworld_train.train.checkpoint import resolve_checkpoint
+        from theworld_train.checkpoint_files import resolve_checkpoint
 
         return load_run_config(str(resolve_checkpoint(Path(path)) / CONFIG_FILE), overrides)
     return load_run_config(path, overrides)

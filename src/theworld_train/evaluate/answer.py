@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from theworld_train.accounting.tokens import TEMPORAL_COMPRESSION
+from theworld_train.checkpoint_files import resolve_checkpoint
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.model import TheWorld, TheWorldProcessor
 from theworld_train.model.configuration import TheWorldConfig
-from theworld_train.train.checkpoint import resolve_checkpoint
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from theworld_train.config.errors import ConfigError
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.model.processing import CHAT_TEMPLATE
-from theworld_train.model.world_encoder import WorldEncoder, vae_config
+from theworld_train.model.world_encoder import WorldEncoder, read_vae_config, vae_config
 
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
 _IMAGE_TOKENS = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
@@ -92,15 +92,12 @@ def describe_architecture(
             values = gemma_4b_config().to_dict()
         else:
             values, _ = PreTrainedConfig.get_config_dict(base, revision=revision or "main")
-        if encoder in BUILT_IN_ENCODERS:
-            vae = vae_config()
-        else:
-            vae = vae_config(dict(AutoencoderKLWan.load_config(encoder, subfolder="vae", revision=encoder_revision)))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the architecture of {base} with {encoder} is neither built in nor at hand ({error}); "
+            f"the architecture of {base} is neither built in nor at hand ({error}); "
             "name a directory, or run `theworld-train fetch CONFIG` first"
         ) from error
+    vae = vae_config(None if encoder in BUILT_IN_ENCODERS else read_vae_config(encoder, encoder_revision))
     for field in ("model_type", "architectures", "transformers_version", *fields):
         values.pop(field, None)
     return TheWorldConfig(**values | {"world_encoder_config": vae} | fields)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
 from theworld_train.config.components import Component
-from theworld_train.model.modeling import TheWorldForConditionalGeneration
+
+if TYPE_CHECKING:
+    from theworld_train.model.modeling import TheWorldForConditionalGeneration
 
 #: Where each component hangs in the model.
 COMPONENT_PATHS: dict[Component, str] = {

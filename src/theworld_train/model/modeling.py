@@ -11,7 +11,9 @@ from transformers import Cache, Gemma3ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3CausalLMOutputWithPast
 
+from theworld_train.model.components import component_parameters
 from theworld_train.model.configuration import TheWorldConfig
+from theworld_train.model.pretrained import load_pretrained
 from theworld_train.model.world_encoder import WorldEncoder
 from theworld_train.model.world_projector import WorldProjector
 
@@ -258,8 +260,6 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
 
     def get_trainable_parameters(self) -> dict[str, int]:
         """Returns how many parameters require a gradient, by component; components without any are left out."""
-        from theworld_train.model.components import component_parameters
-
         counts = {
             component.value: sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
             for component, parameters in component_parameters(self).items()
@@ -271,8 +271,6 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         cls, pretrained_model_name_or_path: str | PathLike[str], *args: Any, **kwargs: Any
     ) -> TheWorldForConditionalGeneration:
         """Loads Gemma 3, a TheWorld directory or a checkpoint of a run; see `theworld_train.model.pretrained`."""
-        from theworld_train.model.pretrained import load_pretrained
-
         return load_pretrained(cls, str(pretrained_model_name_or_path), *args, **kwargs)
 
 

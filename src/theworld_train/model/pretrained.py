@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import Gemma3ForConditionalGeneration, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from theworld_train.checkpoint_files import COMPONENTS_FILE, read_record, verify_components
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.model.components import component_modules
 from theworld_train.model.configuration import TheWorldConfig
-from theworld_train.model.world_encoder import vae_config
+from theworld_train.model.digest import base_digests
+from theworld_train.model.world_encoder import read_vae_config
 
 if TYPE_CHECKING:
     from theworld_train.model.modeling import TheWorldForConditionalGeneration
 
 #: Repository of the video VAE that TheWorld uses unless told otherwise.
 DEFAULT_ENCODER = "nvidia/Cosmos-Predict2-2B-Video2World"
-#: File of a run's checkpoint that names its bases and its components' files.
-COMPONENTS_FILE = "components.json"
 
 _WORLD_PREFIXES = ("world_encoder.", "world_projector.")
 _FREEZE_ARGUMENTS: dict[str, tuple[Component, ...]] = {
@@ -65,7 +67,8 @@ def load_pretrained(
             saved; they default to true for a model with a world path, and to false for one without, which is Gemma 3
             as transformers loads it. For Gemma 3, `projection`, `tokens`, `resolution`, `resize` and
             `max_world_steps` describe the world path to build; any other source has to agree with them. Everything
-            else goes to transformers (`dtype`, `device_map`, `attn_implementation`, `revision`).
+            else goes to transformers (`dtype`, `device_map`, `attn_implementation`, `revision`). A run's checkpoint
+            names the revision of its base itself, and is loaded unquantised.
 
     Returns:
         The model, in eval mode.
@@ -76,24 +79,24 @@ def load_pretrained(
     freeze = {name: kwargs.pop(name) for name in _FREEZE_ARGUMENTS if name in kwargs}
     world = {field: kwargs.pop(name) for name, field in _WORLD_ARGUMENTS.items() if name in kwargs}
     _refuse_flash_attention(kwargs.get("attn_implementation"))
-    components_file = Path(source) / COMPONENTS_FILE
-    if components_file.is_file():
+    if (Path(source) / COMPONENTS_FILE).is_file():
         config = _own_config(source, config, enable_world, kwargs.get("revision"))
         model = _load_checkpoint(cls, Path(source), config, *args, **kwargs)
     else:
-        model_type = _model_type(source, kwargs.get("revision"))
+        stated = _read_config(source, kwargs.get("revision"))
+        model_type = stated.get("model_type")
         if model_type == TheWorldConfig.model_type:
             config = _own_config(source, config, enable_world, kwargs.get("revision"))
             model = _load_weights(cls, source, config, *args, expect_world=config.enable_world, **kwargs)
         elif model_type == "gemma3":
             if config is not None:
                 raise ConfigError(f"{source} holds a Gemma 3; describe the world path by {', '.join(_WORLD_ARGUMENTS)}")
-            config = _fused_config(
-                source, kwargs.get("revision"), enable_world is not False, cosmos, cosmos_revision, world
-            )
+            encoder = None if enable_world is False else read_vae_config(cosmos, cosmos_revision)
+            config = _fused_config(source, stated, encoder, world)
             model = _fuse(cls, source, config, cosmos, cosmos_revision, *args, **kwargs)
         else:
-            raise ConfigError(f"{source} holds a model of type {model_type!r}; expected 'gemma3' or 'theworld'")
+            message = f"holds a model of type {model_type!r}; expected 'gemma3' or 'theworld'"
+            raise ConfigError(Problem(message, key="model.base", value=source))
     if model.config.enable_world:
         _check_agreement(source, model.config, world)
     _apply_freezing(model, freeze)
@@ -114,8 +117,6 @@ def _apply_freezing(model: TheWorldForConditionalGeneration, freeze: dict[str, b
     Weights that require a gradient may take another kernel in PyTorch's `matmul` and differ in the last bit, so a model
     without a world path keeps transformers' default: its logits are Gemma 3's.
     """
-    from theworld_train.model.components import component_modules
-
     default = model.config.enable_world
     frozen = {part for name, parts in _FREEZE_ARGUMENTS.items() if freeze.get(name, default) for part in parts}
     for component, module in component_modules(model).items():
@@ -134,9 +135,19 @@ def _check_agreement(source: str, config: TheWorldConfig, world: dict[str, Any])
         raise ConfigError(problems)
 
 
-def _model_type(source: str, revision: str | None) -> str | None:
-    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
-    return config.get("model_type")
+def _read_config(source: str, revision: str | None) -> dict[str, Any]:
+    """Returns the `config.json` of a model.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
+    except (OSError, ValueError) as error:  # the hub refuses a name that is no repository with a ValueError
+        raise ConfigError(
+            Problem(f"its config.json cannot be read: {error}", key="model.base", value=source)
+        ) from error
+    return config
 
 
 def _own_config(
@@ -152,24 +163,17 @@ def _own_config(
 
 
 def _fused_config(
-    source: str,
-    revision: str | None,
-    enable_world: bool,
-    cosmos: str,
-    cosmos_revision: str | None,
-    world: dict[str, Any],
+    source: str, stated: dict[str, Any], encoder: dict[str, Any] | None, world: dict[str, Any]
 ) -> TheWorldConfig:
-    """Returns Gemma 3's config with the world path's fields added."""
-    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
-    for field in ("model_type", "architectures", "transformers_version"):
-        config.pop(field, None)
-    encoder: dict[str, Any] | None = None
-    if enable_world:
-        loaded = AutoencoderKLWan.load_config(cosmos, subfolder="vae", revision=cosmos_revision)
-        encoder = {key: value for key, value in dict(loaded).items() if key in vae_config()}
-    result = TheWorldConfig(**config, enable_world=enable_world, world_encoder_config=encoder, **world)
+    """Returns Gemma 3's config with the world path's fields added; without a VAE's config there is no world path."""
+    config = {
+        name: value
+        for name, value in stated.items()
+        if name not in ("model_type", "architectures", "transformers_version")
+    }
+    result = TheWorldConfig(**config, enable_world=encoder is not None, world_encoder_config=encoder, **world)
     text: Any = result.text_config
-    if enable_world and result.end_of_world_token_id >= text.vocab_size:
+    if encoder is not None and result.end_of_world_token_id >= text.vocab_size:
         raise ConfigError(
             f"{source} has no spare embedding rows for the three world tokens: they would be ids "
             f"{result.world_token_ids}, but its vocabulary has {text.vocab_size} rows"
@@ -191,7 +195,11 @@ def _load_weights(
     transformers_logging.set_verbosity_error()  # its report warns of the world path's keys, which are checked below
     try:
         checked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, and refused below
-        model, info = load(cls, source, *args, config=config, **checked, **kwargs)
+        model, info = load(cls, source, *args, **kwargs | checked | {"config": config, "use_safetensors": True})
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            Problem(f"its weights cannot be read as safetensors: {error}", key="model.base", value=source)
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = {key for key in info["missing_keys"] if expect_world or not key.startswith(_WORLD_PREFIXES)}
@@ -216,9 +224,7 @@ def _fuse(
     """Loads Gemma 3 through transformers and the VAE's encoder through diffusers; measures the embedding's scale."""
     model = _load_weights(cls, source, config, *args, expect_world=False, **kwargs)
     if config.enable_world:
-        vae = AutoencoderKLWan.from_pretrained(
-            cosmos, subfolder="vae", revision=cosmos_revision, torch_dtype=torch.float32
-        )
+        vae = _load_vae(cosmos, cosmos_revision)
         # transformers keeps in fp32 what it loads, but not what it creates.
         model.world_encoder.to(torch.float32)
         model.world_encoder.encoder.load_state_dict(vae.encoder.state_dict())
@@ -226,6 +232,19 @@ def _fuse(
         model.world_projector.reset_parameters()
         set_embedding_scale(model, measure_embedding_rms(model))
     return model
+
+
+def _load_vae(source: str, revision: str | None) -> AutoencoderKLWan:
+    """Loads the whole VAE in fp32."""
+    try:
+        vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(
+            source, subfolder="vae", revision=revision, torch_dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            Problem(f"its VAE cannot be read as safetensors: {error}", key="model.world.encoder", value=source)
+        ) from error
+    return vae
 
 
 @torch.no_grad()
@@ -250,40 +269,71 @@ def _load_checkpoint(
     *args: Any,
     **kwargs: Any,
 ) -> TheWorldForConditionalGeneration:
-    """Loads a run's checkpoint: its bases first, then the components that its chain has trained."""
-    record = json.loads((directory / COMPONENTS_FILE).read_text())
-    base, encoder = record["base"], record["encoder"]
+    """Loads a run's checkpoint: its bases first, then the components that its chain has trained.
+
+    The bases are compared with what the run built on in their own dtypes; another dtype takes a second load, as what
+    transformers computes at loading (scaled embeddings, positions) is not what a cast would leave.
+    """
+    record = read_record(directory / COMPONENTS_FILE)
+    base, encoder = record["base"], record["encoder"] or {"id": DEFAULT_ENCODER, "revision": None}
     for part in (base, encoder):
-        if part and Path(part["id"]).is_absolute() and not Path(part["id"]).is_dir():
+        if Path(part["id"]).is_absolute() and not Path(part["id"]).is_dir():
             raise ConfigError(f"{directory} builds on the weights in {part['id']}, which is no longer there")
-    kwargs.setdefault("revision", base["revision"])
+    _refuse_arguments(directory, base, kwargs)
+    arguments = kwargs | {"revision": base["revision"] or "main"}
+    dtype: Any = arguments.pop("dtype", None) or arguments.pop("torch_dtype", None) or "auto"
+    build = partial(_fuse, cls, base["id"], config, encoder["id"], encoder["revision"], *args, **arguments)
+    left_out = () if config.enable_world else (Component.WORLD_ENCODER, Component.WORLD_PROJECTOR)
+    verify_components(directory, set(record["components"]) - set(left_out))
     rms = config.world_embedding_rms
-    encoder = encoder or {"id": DEFAULT_ENCODER, "revision": None}
-    model = _fuse(cls, base["id"], config, encoder["id"], encoder["revision"], *args, **kwargs)
+    model = build(dtype="auto")
+    _refuse_changed_bases(model, directory, record)
+    if dtype not in ("auto", model.dtype, str(model.dtype).removeprefix("torch.")):
+        del model  # one model at a time in memory
+        model = build(dtype=dtype)
     if config.enable_world:
         set_embedding_scale(model, rms)
     load_components(model, directory)
     return model
 
 
-def load_components(model: TheWorldForConditionalGeneration, directory: Path) -> dict[str, str]:
+def _refuse_arguments(directory: Path, base: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Refuses what would load other weights than those that the components were trained with."""
+    if kwargs.get("revision", base["revision"]) not in (None, base["revision"]):
+        raise ConfigError(
+            f"{directory} builds on revision {base['revision']} of {base['id']} and loads no other; leave revision="
+            f"{kwargs['revision']!r} out"
+        )
+    if kwargs.get("quantization_config") is not None:
+        raise ConfigError(
+            f"{directory} holds parts of a model, which are put together unquantised; write the whole with "
+            "save_pretrained and quantise that"
+        )
+
+
+def _refuse_changed_bases(model: TheWorldForConditionalGeneration, directory: Path, record: dict[str, Any]) -> None:
+    """Refuses bases whose weights are not those that the run built on; components with a file of their own aside."""
+    recorded = record["base_digests"]
+    own = base_digests(model, without=record["components"])
+    if changed := [name for name, digest in own.items() if recorded.get(name, digest) != digest]:
+        bases = " or ".join(part["id"] for part in (record["base"], record["encoder"]) if part)
+        raise ConfigError(
+            f"{directory} was trained on other weights of {', '.join(changed)} than those that {bases} holds now"
+        )
+
+
+def load_components(model: TheWorldForConditionalGeneration, directory: Path) -> None:
     """Copies the components that a checkpoint holds into the model, cast to the model's dtypes.
 
     Args:
         model: The model; components that it does not have (the world path, when disabled) are passed over.
-        directory: The checkpoint.
-
-    Returns:
-        The SHA-256 of each component that was copied, by name.
+        directory: The checkpoint, whose files the caller has verified.
 
     Raises:
         ConfigError: If a component's tensors are not exactly the model's.
     """
-    from theworld_train.model.components import component_modules
-
-    record = json.loads((directory / COMPONENTS_FILE).read_text())
+    record = read_record(directory / COMPONENTS_FILE)
     modules = {component.value: module for component, module in component_modules(model).items()}
-    copied = {}
     for name, entry in record["components"].items():
         if name not in modules:
             continue
@@ -299,6 +349,9 @@ def load_components(model: TheWorldForConditionalGeneration, directory: Path) ->
                         f"{directory / entry['file']}: {key} has shape {tuple(tensors[key].shape)}, the model's "
                         f"{tuple(parameter.shape)}"
                     )
+                if parameter.is_meta:
+                    raise ConfigError(
+                        f"{key} of {name} is not in memory, so {directory} cannot be put together; load it without "
+                        "device_map, or write the whole with save_pretrained"
+                    )
                 parameter.copy_(tensors[key])
-        copied[name] = entry["sha256"]
-    return copied

@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, W
 from torch import Tensor, nn
 
 from theworld_train.accounting.tokens import TEMPORAL_COMPRESSION, latent_frames
+from theworld_train.config.errors import ConfigError, Problem
 
 
 def vae_config(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -21,6 +22,48 @@ def vae_config(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
         if parameter.default is not inspect.Parameter.empty
     }
     return defaults | {key: value for key, value in (overrides or {}).items() if key in defaults}
+
+
+def read_vae_config(source: str, revision: str | None) -> dict[str, Any]:
+    """Reads what the config of a VAE states, without its weights.
+
+    Args:
+        source: Hub id or directory whose `vae` folder holds the VAE.
+        revision: Hub revision.
+
+    Raises:
+        ConfigError: If there is none, or it is not of Wan 2.1's kind.
+    """
+    key = "model.world.encoder"
+    try:
+        stated = dict(AutoencoderKLWan.load_config(source, subfolder="vae", revision=revision))
+    except (OSError, ValueError) as error:  # the hub refuses a name that is no repository with a ValueError
+        message = f"the config of its video VAE, vae/config.json, cannot be read: {error}"
+        hint = "name a directory with a `vae` folder, or run `theworld-train fetch CONFIG` first"
+        raise ConfigError(Problem(message, key=key, value=source, hint=hint)) from error
+    kind = stated.get("_class_name", AutoencoderKLWan.__name__)
+    difference = f"a {kind}" if kind != AutoencoderKLWan.__name__ else difference_from_wan(stated)
+    if difference:
+        message = f"its VAE is not the one of Wan 2.1 that Cosmos-Predict2 uses: {difference}"
+        raise ConfigError(Problem(message, key=key, value=source))
+    return {name: value for name, value in stated.items() if name in vae_config()}
+
+
+def difference_from_wan(config: Mapping[str, Any]) -> str | None:
+    """Says in what a VAE's config differs from the kind of Wan 2.1, whose sizes alone may differ."""
+    full = vae_config(config)
+    expected = {
+        "z_dim": 16,
+        "in_channels": 3,
+        "patch_size": None,
+        "is_residual": False,
+        "temperal_downsample": [False, True, True],
+    }
+    found = {name: list(full[name]) if isinstance(full[name], tuple) else full[name] for name in expected}
+    found |= {name: len(full[name]) for name in ("dim_mult", "latents_mean", "latents_std")}
+    expected |= {"dim_mult": 4, "latents_mean": 16, "latents_std": 16}
+    different = [name for name in expected if found[name] != expected[name]]
+    return "; ".join(f"{name} is {found[name]}, expected {expected[name]}" for name in different) or None
 
 
 class WorldEncoder(nn.Module):
@@ -34,10 +77,8 @@ class WorldEncoder(nn.Module):
         """Args: config: the VAE's config as diffusers writes it."""
         super().__init__()
         config = vae_config(config)
-        if config["patch_size"] is not None:
-            raise ValueError(
-                "VAEs that patchify their input (Wan 2.2) are not supported; Cosmos-Predict2 uses Wan 2.1's"
-            )
+        if difference := difference_from_wan(config):
+            raise ValueError(f"not a VAE of Wan 2.1's kind: {difference}")
         z_dim = int(config["z_dim"])
         self.z_dim = z_dim
         self.encoder = WanEncoder3d(

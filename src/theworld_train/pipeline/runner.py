@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from theworld_train.checkpoint_files import COMPONENTS_FILE, newest_checkpoint, origin_of, read_record, recorded_origin
 from theworld_train.config import format_overrides, load_run_config
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.schema import PipelineConfig, RunConfig
@@ -104,22 +105,24 @@ def run_pipeline(pipeline: PipelineConfig, console: Console) -> dict[str, Any]:
         The summary, which `summary.json` holds too.
 
     Raises:
-        ConfigError: If a stage's config has changed since its run directory was written.
+        ConfigError: If a stage's config, or the checkpoint that it started from, has changed since its run directory
+            was written.
         StageFailedError: If a stage's process fails; the pipeline goes on there when it is run again.
     """
     plans = plan_stages(pipeline)
     for plan in plans:
         _refuse_changed(plan)
-    rerun = False
+    _refuse_mixed(plans)
     for number, plan in enumerate(plans, start=1):
         title = f"stage {number}/{len(plans)} {plan.config.name}"
-        if (plan.directory / RESULT_FILE).is_file() and not rerun:
+        complete = (plan.directory / RESULT_FILE).is_file()
+        if complete:
             console.print(f"{title}: complete already", highlight=False)
         else:
-            rerun = True
             console.print(f"{title}: {' '.join(plan.command)}", highlight=False, markup=False, soft_wrap=True)
             _call(plan.config.name, plan.command)
-        if plan.evaluation is not None and (rerun or not (plan.directory / EVALUATION_FILE).is_file()):
+            _refuse_mixed(plans)
+        if plan.evaluation is not None and not (complete and (plan.directory / EVALUATION_FILE).is_file()):
             _call(plan.config.name, plan.evaluation)
     summary = summarise(pipeline, plans)
     path = Path(pipeline.output_dir) / SUMMARY_FILE
@@ -160,6 +163,39 @@ def _refuse_changed(plan: StagePlan) -> None:
                 hint="remove it to run the stage again, or choose another output_dir for the pipeline",
             )
         )
+
+
+def _refuse_mixed(plans: Sequence[StagePlan]) -> None:
+    """Refuses stages that have begun from another checkpoint than the stage before them holds now.
+
+    Their weights would stay as they are, whether they are complete or would be resumed, and the summary would show them
+    as if they came from what stands above them. Which of the two to keep is the user's to say.
+
+    Raises:
+        ConfigError: Naming each directory to remove.
+    """
+    made_here = {plan.config.output_dir for plan in plans}
+    problems = []
+    for plan in plans:
+        own, source = newest_checkpoint(plan.directory), plan.config.init_from
+        if own is None or source is None:
+            continue
+        origin = recorded_origin(read_record(own / COMPONENTS_FILE))
+        newest = newest_checkpoint(Path(source))
+        now = None if newest is None else origin_of(newest)
+        if now is None and source not in made_here:
+            continue  # nothing will take the place of a checkpoint that is not the pipeline's
+        if origin is None or now is None or origin.manifest_sha256 != now.manifest_sha256:
+            held = "holds no checkpoint" if newest is None else f"holds another {newest.name}"
+            problems.append(
+                Problem(
+                    f"was trained from {origin.path if origin else 'the bases'}, but {source} {held} now",
+                    source=str(plan.directory),
+                    hint="remove this directory to train the stage again, or put back what it was trained from",
+                )
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,33 +6,37 @@ JSON for everything else, and what `from_pretrained` needs: config and processor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
-import re
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from theworld_train.config.errors import ConfigError
+from theworld_train.checkpoint_files import (
+    COMPONENTS_FILE,
+    FORMAT,
+    MANIFEST_FILE,
+    STATE_FILE,
+    Origin,
+    checkpoints,
+    file_sha256,
+)
+from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.model.components import component_modules
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
-from theworld_train.model.pretrained import COMPONENTS_FILE
 from theworld_train.model.processing import TheWorldProcessor
 
-MANIFEST_FILE = "manifest.json"
-STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
-FORMAT = 1
-
-_STEP = re.compile(r"^step-(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -55,72 +59,12 @@ class Carried:
     Attributes:
         path: The file in the earlier stage's checkpoint.
         sha256: Its hash.
-        trained_by: Name of the run that trained it last.
+        trained_by: Name of the run that trained it last; None if it is as it was initialised.
     """
 
     path: Path
     sha256: str
-    trained_by: str
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# -- finding and verifying ----------------------------------------------------------------------------------------
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """Returns the sealed checkpoints of a run directory in the order of their steps."""
-    found = [path for path in directory.glob("step-*") if _STEP.match(path.name) and (path / MANIFEST_FILE).is_file()]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """Returns the step of a checkpoint from its name."""
-    match = _STEP.match(path.name)
-    assert match, f"{path} is no checkpoint"
-    return int(match.group(1))
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """Returns the checkpoint itself, given it or its run's directory.
-
-    Raises:
-        ConfigError: If there is none.
-    """
-    if (path / MANIFEST_FILE).is_file():
-        return path
-    if found := checkpoints(path):
-        return found[-1]
-    raise ConfigError(
-        f"{path} is no checkpoint: it holds neither {MANIFEST_FILE} nor a step-N directory that is complete"
-    )
-
-
-def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Compares every file of a checkpoint with its manifest and returns the manifest.
-
-    Raises:
-        ConfigError: Naming the file that is missing or has changed.
-    """
-    manifest_path = path / MANIFEST_FILE
-    if not manifest_path.is_file():
-        raise ConfigError(f"{path} is no complete checkpoint: it has no {MANIFEST_FILE}")
-    try:
-        manifest: dict[str, Any] = json.loads(manifest_path.read_text())
-        files: dict[str, dict[str, Any]] = manifest["files"]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{manifest_path} is damaged: {error}") from error
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file():
-            raise ConfigError(f"{file} is missing")
-        if file.stat().st_size != entry["size"] or file_sha256(file) != entry["sha256"]:
-            raise ConfigError(f"{file} is not what was saved: its size or hash differs from {MANIFEST_FILE}")
-    return manifest
+    trained_by: str | None
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -145,7 +89,9 @@ class CheckpointWriter:
         run_name: str,
         base: Base,
         encoder: Base | None,
+        init_from: Origin | None,
         trained: tuple[str, ...],
+        initialised: tuple[str, ...],
         carried: dict[str, Carried],
         base_digests: dict[str, str],
         ledger: dict[str, Any],
@@ -161,8 +107,10 @@ class CheckpointWriter:
             config_yaml: The resolved run config.
             run_name: Name of the run.
             base: Where the language and vision weights come from.
-            encoder: Where the world encoder comes from, if there is a world path.
-            trained: Components that this run saves from the model.
+            encoder: Where the world encoder comes from, if the chain has a world path.
+            init_from: Where the run's first weights came from, besides its bases.
+            trained: Components that this run trains.
+            initialised: Components that no base holds and nothing has trained; saved as they are.
             carried: Components whose files are taken over from an earlier stage.
             base_digests: Digest of each component as its base holds it.
             ledger: The parameter ledger.
@@ -170,59 +118,41 @@ class CheckpointWriter:
 
         Returns:
             The checkpoint.
+
+        Raises:
+            ConfigError: If the file system takes no more; what was written of this checkpoint is removed.
         """
         final = self._directory / f"step-{step}"
         if (final / MANIFEST_FILE).is_file():
             return final
         partial = self._directory / f".step-{step}.partial"
-        for remains in (partial, final):
-            shutil.rmtree(remains, ignore_errors=True)
-        partial.mkdir(parents=True)
-        components = self._write_components(partial, model, trained, carried, run_name)
-        _write_json(
-            partial / COMPONENTS_FILE,
-            {
-                "format": FORMAT,
-                "base": vars(base),
-                "encoder": vars(encoder) if encoder else None,
-                "components": components,
-                "base_digests": base_digests,
-            },
-        )
-        _save_tensors(optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
-        _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng})
-        _write_json(partial / "ledger.json", ledger)
-        (partial / "config.yaml").write_text(config_yaml)
-        model.config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(partial)
-        seal(partial, {"step": step, "run": run_name, "world_size": len(rng)})
-        partial.rename(final)
-        _sync_directory(self._directory)
-        self._retire(final)
+        record = {
+            "format": FORMAT,
+            "base": vars(base),
+            "encoder": vars(encoder) if encoder else None,
+            "init_from": vars(init_from) if init_from else None,
+            "base_digests": base_digests,
+        }
+        with _removed_on_failure(partial):
+            for remains in (partial, final):
+                shutil.rmtree(remains, ignore_errors=True)
+            partial.mkdir(parents=True)
+            trainers = dict.fromkeys(trained, run_name) | dict.fromkeys(initialised)
+            components = _write_components(partial, model, trainers) | _link_components(partial, carried)
+            _write_json(partial / COMPONENTS_FILE, record | {"components": components})
+            _save_tensors(optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
+            _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng})
+            _write_json(partial / "ledger.json", ledger)
+            (partial / "config.yaml").write_text(config_yaml)
+            model.config.save_pretrained(partial)
+            processor.save_pretrained(partial)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(partial)
+            seal(partial, {"step": step, "run": run_name, "world_size": len(rng)})
+            partial.rename(final)
+            _sync_directory(self._directory)
+            self._retire(final)
         return final
-
-    def _write_components(
-        self,
-        directory: Path,
-        model: TheWorldForConditionalGeneration,
-        trained: tuple[str, ...],
-        carried: dict[str, Carried],
-        run_name: str,
-    ) -> dict[str, dict[str, str]]:
-        record: dict[str, dict[str, str]] = {}
-        for component, module in component_modules(model).items():
-            file = directory / f"{component.value}.safetensors"
-            if component.value in trained:
-                tensors = {name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}
-                _save_tensors(tensors, file)
-                record[component.value] = {"file": file.name, "sha256": file_sha256(file), "trained_by": run_name}
-            elif component.value in carried:
-                source = carried[component.value]
-                _link_or_copy(source.path, file)
-                record[component.value] = {"file": file.name, "sha256": source.sha256, "trained_by": source.trained_by}
-        return record
 
     def _retire(self, newest: Path) -> None:
         """Removes the oldest checkpoints, by way of a name that nothing takes for a checkpoint."""
@@ -231,6 +161,55 @@ class CheckpointWriter:
             trash = old.with_name(f".{old.name}.trash")
             old.rename(trash)
             shutil.rmtree(trash)
+
+
+@contextmanager
+def _removed_on_failure(partial: Path) -> Generator[None]:
+    """Removes a checkpoint that could not be completed, and says so if the file system is the reason.
+
+    Raises:
+        ConfigError: If a file cannot be written, read or renamed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):
+            raise
+        free = shutil.disk_usage(next(path for path in partial.parents if path.is_dir())).free
+        raise ConfigError(
+            Problem(
+                f"a checkpoint cannot be saved there: {error}; {free:,} bytes are free",
+                key="output_dir",
+                value=str(partial.parent),
+                hint="mend that and run it again with resume=latest: earlier checkpoints are whole",
+            )
+        ) from error
+
+
+def _write_components(
+    directory: Path, model: TheWorldForConditionalGeneration, trainers: dict[str, str | None]
+) -> dict[str, dict[str, str | None]]:
+    """Writes components of the model, given the run that trained each, and returns their record."""
+    record: dict[str, dict[str, str | None]] = {}
+    for component, module in component_modules(model).items():
+        if component.value in trainers:
+            file = directory / f"{component.value}.safetensors"
+            _save_tensors({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, file)
+            trainer = trainers[component.value]
+            record[component.value] = {"file": file.name, "sha256": file_sha256(file), "trained_by": trainer}
+    assert record.keys() == trainers.keys(), "a component that the model lacks was to be saved"
+    return record
+
+
+def _link_components(directory: Path, carried: dict[str, Carried]) -> dict[str, dict[str, str | None]]:
+    """Takes over files of an earlier stage, also of components that this model lacks, and returns their record."""
+    record: dict[str, dict[str, str | None]] = {}
+    for name, source in carried.items():
+        file = directory / f"{name}.safetensors"
+        _link_or_copy(source.path, file)
+        record[name] = {"file": file.name, "sha256": source.sha256, "trained_by": source.trained_by}
+    return record
 
 
 def seal(directory: Path, facts: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.model.components import TRAITS, Input, component_modules, component_parameters
+from theworld_train.model.digest import digests
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
-from theworld_train.train.digest import digests
 
 Precision = Literal["bf16", "fp32"]
 

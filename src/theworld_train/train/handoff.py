@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from theworld_train.checkpoint_files import (
+    COMPONENTS_FILE,
+    STATE_FILE,
+    Origin,
+    origin_of,
+    read_record,
+    recorded_origin,
+    verify_checkpoint,
+)
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
-from theworld_train.model.components import component_parameters
+from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
-from theworld_train.model.pretrained import COMPONENTS_FILE, load_components
-from theworld_train.train.checkpoint import STATE_FILE, Base, Carried, verify_checkpoint
-from theworld_train.train.digest import combined_digest
+from theworld_train.model.pretrained import load_components, set_embedding_scale
+from theworld_train.train.checkpoint import Base, Carried
+
+_WORLD_SHAPE = ("world_projection", "world_tokens", "world_resolution", "world_resize", "max_world_steps")
 
 
 @dataclass(frozen=True)
@@ -22,13 +31,19 @@ class Inheritance:
 
     Attributes:
         source: The checkpoint, or None for a run that starts from its bases.
+        origin: The checkpoint that the run's first weights came from: `source`, unless the run is resumed.
         components: Component files of the checkpoint by name.
+        encoder: The world encoder that the checkpoint builds on; a stage without a world path hands it on.
+        digests: The checkpoint's digests of the bases, likewise.
         step: Optimizer steps done, above 0 only when a run is resumed.
         rng: Random state of each rank, when a run is resumed.
     """
 
     source: Path | None = None
+    origin: Origin | None = None
     components: dict[str, Carried] = field(default_factory=dict)
+    encoder: Base | None = None
+    digests: dict[str, str] = field(default_factory=dict)
     step: int = 0
     rng: tuple[dict[str, Any], ...] = ()
 
@@ -58,7 +73,7 @@ def inherit(
         ConfigError: If the checkpoint is damaged, builds on other bases, or its model has another shape.
     """
     verify_checkpoint(checkpoint)
-    record = json.loads((checkpoint / COMPONENTS_FILE).read_text())
+    record, state = read_record(checkpoint / COMPONENTS_FILE), read_record(checkpoint / STATE_FILE)
     for kind, own in (("base", base), ("encoder", encoder)):
         theirs = record[kind]
         if own is not None and theirs is not None and (theirs["id"], theirs["revision"]) != (own.id, own.revision):
@@ -66,14 +81,14 @@ def inherit(
                 f"{checkpoint} builds on the {kind} {theirs['id']!r} (revision {theirs['revision']}), but this run on "
                 f"{own.id!r} (revision {own.revision})"
             )
-    theirs = record["base_digests"]
-    if changed := [name for name in digests if theirs.get(name, digests[name]) != digests[name]]:
+    recorded = record["base_digests"]
+    if changed := [name for name in digests if recorded.get(name, digests[name]) != digests[name]]:
         raise ConfigError(
             f"{checkpoint} was trained on other weights of {', '.join(changed)} than those that {base.id} holds now"
         )
-    _adopt_scale(model, checkpoint)
+    if Component.WORLD_PROJECTOR in record["components"]:
+        _adopt_world(model, checkpoint)
     load_components(model, checkpoint)
-    state = json.loads((checkpoint / STATE_FILE).read_text())
     carried = {
         name: Carried(checkpoint / entry["file"], entry["sha256"], entry["trained_by"])
         for name, entry in record["components"].items()
@@ -82,35 +97,30 @@ def inherit(
         raise ConfigError(f"{checkpoint} was saved by a run that does not train {', '.join(missing)}; use init_from")
     return Inheritance(
         source=checkpoint,
+        origin=recorded_origin(record) if resume else origin_of(checkpoint),
         components=carried,
+        encoder=Base(**record["encoder"]) if record["encoder"] else None,
+        digests=recorded,
         step=state["step"] if resume else 0,
         rng=tuple(state["rng"]) if resume else (),
     )
 
 
-def _adopt_scale(model: TheWorldForConditionalGeneration, checkpoint: Path) -> None:
-    """Takes over the scale of world tokens, which stays constant along a chain, and compares the world path's shape."""
+def _adopt_world(model: TheWorldForConditionalGeneration, checkpoint: Path) -> None:
+    """Takes over the scale of world tokens, which stays constant along a chain, and compares the world path's shape.
+
+    A model without a world path takes over both, and so hands them on with the files of the world projector.
+    """
+    theirs = TheWorldConfig.from_pretrained(checkpoint)
     if not model.config.enable_world:
+        for name in (*_WORLD_SHAPE, "world_embedding_rms"):
+            setattr(model.config, name, getattr(theirs, name))
         return
-    theirs = json.loads((checkpoint / "config.json").read_text())
-    fields = ("world_projection", "world_tokens", "world_resolution", "world_resize", "max_world_steps")
     different = [
-        name for name in fields if theirs.get(name, getattr(model.config, name)) != getattr(model.config, name)
+        f"{name} {getattr(theirs, name)!r} there and {getattr(model.config, name)!r} here"
+        for name in _WORLD_SHAPE
+        if getattr(theirs, name) != getattr(model.config, name)
     ]
     if different:
-        listed = ", ".join(
-            f"{name} {theirs[name]!r} there and {getattr(model.config, name)!r} here" for name in different
-        )
-        raise ConfigError(f"the world path of {checkpoint} has another shape: {listed}")
-    from theworld_train.model.pretrained import set_embedding_scale
-
-    set_embedding_scale(model, theirs["world_embedding_rms"])
-
-
-def base_digests(model: TheWorldForConditionalGeneration) -> dict[str, str]:
-    """Returns the digest of each component as its base holds it; the world projector has no base."""
-    return {
-        component.value: combined_digest(dict(parameters))
-        for component, parameters in component_parameters(model).items()
-        if component is not Component.WORLD_PROJECTOR
-    }
+        raise ConfigError(f"the world path of {checkpoint} has another shape: {', '.join(different)}")
+    set_embedding_scale(model, theirs.world_embedding_rms)

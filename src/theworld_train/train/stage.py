@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from theworld_train.accounting.tokens import latent_frames
 from theworld_train.batch import Batch
 from theworld_train.config.components import Component
 from theworld_train.model.components import TRAITS, component_modules
@@ -148,7 +149,7 @@ class StageModule(nn.Module):
         if features.world_frames is not None:
             latents = self._encode_world(features.world_frames, features.frame_counts)
         image_features = None if image_states is None else model.model.multi_modal_projector(image_states)
-        latent_counts = tuple(1 + (count - 1) // 4 for count in features.frame_counts)
+        latent_counts = tuple(latent_frames(count) for count in features.frame_counts)
         embeds = model.embed(batch.input_ids, image_features, latents, latent_counts)
         idle = self._idle(batch.input_ids, image_states is None, latents is None, max(features.frame_counts, default=1))
         return embeds if idle is None else embeds + idle.to(embeds.dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from theworld_train.train import digest
-from theworld_train.train.digest import combined_digest, digests, tensor_digest
+from theworld_train.model import digest
+from theworld_train.model.digest import combined_digest, digests, tensor_digest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])
