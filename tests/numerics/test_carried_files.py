@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from theworld_train.checkpoint_files import verify_checkpoint
 from theworld_train.config.schema import RunConfig
-from theworld_train.train.checkpoint import verify_checkpoint
 
 SETTINGS: dict[str, Any] = {"training__max_steps": 3, "checkpoint__every_steps": 1, "checkpoint__keep_last": 1}
 

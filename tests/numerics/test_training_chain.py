@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from theworld_train.assemble import load_model
 from theworld_train.batch import Batch
+from theworld_train.checkpoint_files import Origin, origin_of, read_record, recorded_origin
 from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import Collator, open_source
@@ -41,6 +43,10 @@ def chain(
 
 def components(run: Any) -> dict[str, dict[str, str]]:
     return json.loads((run.checkpoint / "components.json").read_text())["components"]
+
+
+def origin(run: Any) -> Origin | None:
+    return recorded_origin(read_record(run.checkpoint / "components.json"))
 
 
 def file(run: Any, component: str) -> bytes:
@@ -73,6 +79,9 @@ def test_checkpoints_hold_all_that_the_chain_has_trained(chain: dict[str, Any]):
         assert file(language, name) == file(vision, name), f"{name} is frozen in the later stage"
         assert components(language)[name]["trained_by"] == "vision"
     assert file(language, "world_projector") != file(vision, "world_projector")
+    assert origin(chain["projection"]) is None
+    for stage, before in zip(CHAIN[1:], CHAIN, strict=False):
+        assert origin(chain[stage]) == origin_of(chain[before].checkpoint)
     optimizers = load_file(language.checkpoint / "optimizer.safetensors")
     assert {name.split(".")[0] for name in optimizers} == {"world_projector", "model"}
     assert not [name for name in optimizers if "vision_tower" in name]
@@ -93,6 +102,58 @@ def test_thawed_masters_are_what_the_stage_before_the_last_left(
     dtype = torch.bfloat16 if chain["precision"] == "bf16" else torch.float32
     for name, parameter in frozen.named_parameters():
         assert torch.equal(parameter, expected[name].to(dtype)), name
+
+
+def test_a_stage_without_world_path_loses_nothing_of_it(
+    shipped: Callable[..., RunConfig], finish: Callable[[RunConfig], Any], tmp_path: Path
+):
+    world = finish(shipped("projection", tmp_path / "world"))
+    text = finish(
+        shipped(
+            "language",
+            tmp_path / "text",
+            model__world__enabled=False,
+            trainable={"language_model": {}},
+            expect_trainable=None,
+            init_from=str(world.directory),
+        )
+    )
+    assert components(text).keys() == {"world_projector", "language_model"}
+    assert components(text)["world_projector"] == components(world)["world_projector"]
+    assert file(text, "world_projector") == file(world, "world_projector")
+    config = shipped("vision", tmp_path / "vision", init_from=str(text.directory))
+    again = load_model(config, (Component.VISION_TOWER,), text.checkpoint).model
+    for name, parameter in again.world_projector.named_parameters():
+        trained = dict(world.model.world_projector.named_parameters())[name]
+        assert torch.equal(parameter, trained.to(parameter.dtype)), name
+    assert again.world_projector.scale == world.model.world_projector.scale != 1.0
+
+
+def test_a_world_projector_that_never_trained_names_no_run(
+    shipped: Callable[..., RunConfig], finish: Callable[[RunConfig], Any], tmp_path: Path
+):
+    table = {"trainable": {"vision_tower": {}}, "expect_trainable": None}
+    first = finish(shipped("vision", tmp_path / "first", **table))
+    assert components(first)["vision_tower"]["trained_by"] == "vision"
+    assert components(first)["world_projector"]["trained_by"] is None
+    second = finish(shipped("vision", tmp_path / "second", init_from=str(first.directory), name="again", **table))
+    assert components(second)["world_projector"] == components(first)["world_projector"]
+    third = finish(shipped("projection", tmp_path / "third", init_from=str(second.directory)))
+    assert components(third)["world_projector"]["trained_by"] == "projection"
+
+
+def test_a_resumed_run_keeps_its_origin_though_its_source_has_changed(
+    shipped: Callable[..., RunConfig], finish: Callable[[RunConfig], Any], tmp_path: Path
+):
+    source = finish(shipped("projection", tmp_path / "source"))
+    settings = {"init_from": str(source.directory), "resume": "latest"}
+    begun = finish(shipped("vision", tmp_path / "run", **settings))
+    recorded = origin(begun)
+    assert recorded == origin_of(source.checkpoint)
+    shutil.rmtree(source.directory)
+    resumed = finish(shipped("vision", tmp_path / "run", training__max_steps=3, **settings))
+    assert resumed.checkpoint.name == "step-3"
+    assert origin(resumed) == recorded
 
 
 def test_a_stage_starts_from_the_weights_of_the_one_before(

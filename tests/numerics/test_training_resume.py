@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.helpers.tiny import TinyCheckpoint
+from theworld_train.checkpoint_files import file_sha256, verify_checkpoint
 from theworld_train.config.schema import RunConfig
-from theworld_train.train.checkpoint import file_sha256, verify_checkpoint
 from theworld_train.train.trainer import Trainer
 
 Shipped = Callable[..., RunConfig]

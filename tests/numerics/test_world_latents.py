@@ -132,5 +132,5 @@ def test_a_clip_of_another_length_is_refused(encoder: WorldEncoder, frames: int)
 
 
 def test_a_vae_that_patchifies_is_refused(vae: AutoencoderKLWan):
-    with pytest.raises(ValueError, match="patchify"):
+    with pytest.raises(ValueError, match="patch_size is 2, expected None"):
         WorldEncoder({**vae.config, "patch_size": 2})

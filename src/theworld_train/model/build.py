@@ -19,14 +19,13 @@ from transformers import (
     Gemma3TextConfig,
     GemmaTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     SiglipVisionConfig,
 )
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from theworld_train.config.errors import ConfigError
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
+from theworld_train.model.pretrained import read_config
 from theworld_train.model.processing import CHAT_TEMPLATE
 from theworld_train.model.world_encoder import WorldEncoder, read_vae_config, vae_config
 
@@ -87,16 +86,7 @@ def describe_architecture(
     Raises:
         ConfigError: If a config is neither built in nor at hand.
     """
-    try:
-        if base in BUILT_IN_BASES:
-            values = gemma_4b_config().to_dict()
-        else:
-            values, _ = PreTrainedConfig.get_config_dict(base, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the architecture of {base} is neither built in nor at hand ({error}); "
-            "name a directory, or run `theworld-train fetch CONFIG` first"
-        ) from error
+    values = gemma_4b_config().to_dict() if base in BUILT_IN_BASES else read_config(base, revision)
     vae = vae_config(None if encoder in BUILT_IN_ENCODERS else read_vae_config(encoder, encoder_revision))
     for field in ("model_type", "architectures", "transformers_version", *fields):
         values.pop(field, None)

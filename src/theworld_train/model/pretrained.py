@@ -83,7 +83,7 @@ def load_pretrained(
         config = _own_config(source, config, enable_world, kwargs.get("revision"))
         model = _load_checkpoint(cls, Path(source), config, *args, **kwargs)
     else:
-        stated = _read_config(source, kwargs.get("revision"))
+        stated = read_config(source, kwargs.get("revision"))
         model_type = stated.get("model_type")
         if model_type == TheWorldConfig.model_type:
             config = _own_config(source, config, enable_world, kwargs.get("revision"))
@@ -135,18 +135,24 @@ def _check_agreement(source: str, config: TheWorldConfig, world: dict[str, Any])
         raise ConfigError(problems)
 
 
-def _read_config(source: str, revision: str | None) -> dict[str, Any]:
+def read_config(source: str, revision: str | None) -> dict[str, Any]:
     """Returns the `config.json` of a model.
+
+    Args:
+        source: Hub id or directory.
+        revision: Hub revision.
 
     Raises:
         ConfigError: If there is none.
     """
+    hint = "name a directory that has one, or run `theworld-train fetch CONFIG` first"
     try:
         config, _ = PreTrainedConfig.get_config_dict(source, revision=revision or "main")
     except (OSError, ValueError) as error:  # the hub refuses a name that is no repository with a ValueError
-        raise ConfigError(
-            Problem(f"its config.json cannot be read: {error}", key="model.base", value=source)
-        ) from error
+        message = f"its config.json cannot be read: {error}"
+        raise ConfigError(Problem(message, key="model.base", value=source, hint=hint)) from error
+    if not config:
+        raise ConfigError(Problem("it has no config.json", key="model.base", value=source, hint=hint))
     return config
 
 

@@ -16,10 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint, clip, image, user
+from theworld_train.checkpoint_files import FORMAT, file_sha256
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
-from theworld_train.model import TheWorld, TheWorldConfig, TheWorldForConditionalGeneration
+from theworld_train.model import TheWorld, TheWorldConfig, TheWorldForConditionalGeneration, pretrained
 from theworld_train.model.components import component_parameters
+from theworld_train.model.digest import base_digests
 
 WEIGHTS = "model.safetensors"
 FREEZE_ARGUMENTS = {
@@ -285,8 +287,10 @@ def write_checkpoint(tiny: TinyCheckpoint, directory: Path, model: TheWorld, com
     directory.mkdir()
     model.config.save_pretrained(directory)
     record: dict[str, Any] = {
+        "format": FORMAT,
         "base": {"id": tiny.gemma, "revision": None},
         "encoder": {"id": tiny.cosmos, "revision": None},
+        "base_digests": base_digests(tiny.theworld()),
         "components": {},
     }
     for component, parameters in component_parameters(model).items():
@@ -294,9 +298,24 @@ def write_checkpoint(tiny: TinyCheckpoint, directory: Path, model: TheWorld, com
             continue
         handle = {"world_projector": model.world_projector, "vision_tower": model.model.vision_tower}[component.value]
         assert len(dict(handle.named_parameters())) == len(parameters)
-        save_file(dict(handle.named_parameters()), directory / f"{component}.safetensors")
-        record["components"][component.value] = {"file": f"{component}.safetensors", "sha256": f"of {component}"}
+        file = directory / f"{component}.safetensors"
+        save_file(dict(handle.named_parameters()), file)
+        record["components"][component.value] = {"file": file.name, "sha256": file_sha256(file)}
     (directory / "components.json").write_text(json.dumps(record))
+
+
+def replace_projector(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Replaces the projector's file, and its hash in the record."""
+    file, record = directory / "world_projector.safetensors", json.loads((directory / "components.json").read_text())
+    save_file(tensors, file)
+    record["components"]["world_projector"]["sha256"] = file_sha256(file)
+    (directory / "components.json").write_text(json.dumps(record))
+
+
+def change_record(directory: Path, **values: Any) -> None:
+    """Replaces values of a checkpoint's `components.json`."""
+    file = directory / "components.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture
@@ -325,14 +344,203 @@ def test_a_runs_checkpoint_is_its_bases_and_what_was_trained(tiny: TinyCheckpoin
 def test_a_component_that_does_not_fit_is_refused(tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld):
     directory = tmp_path / "step-1"
     write_checkpoint(tiny, directory, trained, {"world_projector"})
-    file = directory / "world_projector.safetensors"
-    tensors = load_file(file)
-    save_file({name: value for name, value in tensors.items() if name != "temporal"}, file)
+    tensors = load_file(directory / "world_projector.safetensors")
+    replace_projector(directory, {name: value for name, value in tensors.items() if name != "temporal"})
     with pytest.raises(ConfigError, match=r"world_projector.*temporal"):
         TheWorld.from_pretrained(directory)
-    save_file(tensors | {"temporal": tensors["temporal"][1:].clone()}, file)
+    replace_projector(directory, tensors | {"temporal": tensors["temporal"][1:].clone()})
     with pytest.raises(ConfigError, match="temporal has shape"):
         TheWorld.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("component", ["world_projector", "vision_tower"])
+def test_a_component_that_is_not_what_was_saved_is_refused_before_anything_loads(
+    tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld, component: str, monkeypatch: pytest.MonkeyPatch
+):
+    directory = tmp_path / "step-1"
+    write_checkpoint(tiny, directory, trained, {"world_projector", "vision_tower"})
+    file = directory / f"{component}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    if component == "world_projector":  # which is not read then
+        assert same(TheWorld.from_pretrained(directory, enable_world=False).model, trained.model)
+    monkeypatch.setattr(pretrained, "_fuse", lambda *_, **__: pytest.fail("the bases were loaded"))
+    with pytest.raises(ConfigError, match=rf"{component}\.safetensors is not what was saved"):
+        TheWorld.from_pretrained(directory)
+    file.unlink()
+    with pytest.raises(ConfigError, match=rf"{component}\.safetensors is missing"):
+        TheWorld.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", torch.bfloat16])
+def test_a_base_whose_weights_have_changed_is_refused(
+    tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld, dtype: object
+):
+    def change(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        def add(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            next(value for name, value in tensors.items() if part in name).view(-1)[0] += 1e-3
+            return tensors
+
+        return add
+
+    directory = tmp_path / "step-1"
+    write_checkpoint(tiny, directory, trained, {"world_projector", "vision_tower"})
+    for part, refused in (("layers.1.mlp.up_proj", True), ("vision_tower", False)):
+        base = rewritten(tiny.gemma, tmp_path / part, change(part))
+        change_record(directory, base={"id": base, "revision": None})
+        if refused:
+            with pytest.raises(ConfigError, match="trained on other weights of language_model than"):
+                TheWorld.from_pretrained(directory, dtype=dtype)
+        else:  # what the checkpoint holds itself is not the base's to say
+            TheWorld.from_pretrained(directory, dtype=dtype)
+
+
+def test_a_vae_whose_weights_have_changed_is_refused(tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld):
+    directory, cosmos = tmp_path / "step-1", tmp_path / "cosmos"
+    write_checkpoint(tiny, directory, trained, {"world_projector"})
+    shutil.copytree(tiny.cosmos, cosmos)
+    file = cosmos / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["quant_conv.bias"] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    change_record(directory, encoder={"id": str(cosmos), "revision": None})
+    TheWorld.from_pretrained(directory, enable_world=False)
+    with pytest.raises(ConfigError, match="other weights of world_encoder than"):
+        TheWorld.from_pretrained(directory)
+
+
+def test_a_checkpoint_loads_its_base_at_the_recorded_revision(
+    tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[object] = []
+    fuse = pretrained._fuse
+
+    def record(*args: Any, **kwargs: Any) -> TheWorld:
+        asked.append(kwargs["revision"])
+        return fuse(*args, **kwargs)
+
+    directory = tmp_path / "step-1"
+    write_checkpoint(tiny, directory, trained, {"world_projector", "vision_tower"})
+    monkeypatch.setattr(pretrained, "_fuse", record)
+    change_record(directory, base={"id": tiny.gemma, "revision": "abc"})
+    for revision in ({}, {"revision": None}, {"revision": "abc"}):
+        assert same(TheWorld.from_pretrained(directory, **revision), trained)
+    assert asked == ["abc"] * 3
+    with pytest.raises(ConfigError, match=r"builds on revision abc .*; leave revision='main' out"):
+        TheWorld.from_pretrained(directory, revision="main")
+
+
+def test_a_checkpoint_in_another_dtype_is_as_transformers_loads_it(
+    tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld
+):
+    directory = tmp_path / "step-1"
+    write_checkpoint(tiny, directory, trained, {"world_projector", "vision_tower"})
+    loaded = TheWorld.from_pretrained(directory, dtype=torch.bfloat16)
+    expected = tiny.theworld(projection="linear", dtype=torch.bfloat16)
+    buffers = dict(expected.named_buffers())
+    assert buffers
+    for name, value in loaded.named_buffers():
+        assert value.dtype == buffers[name].dtype, name
+        assert torch.equal(value, buffers[name]), name
+    assert same(loaded.model.language_model, expected.model.language_model)
+    assert same(loaded.world_encoder, expected.world_encoder)
+    assert loaded.config.dtype == expected.config.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_another_format_is_refused(tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld):
+    write_checkpoint(tiny, tmp_path / "step-1", trained, {"world_projector", "vision_tower"})
+    change_record(tmp_path / "step-1", format=FORMAT + 1)
+    with pytest.raises(ConfigError, match=rf"components\.json is of format {FORMAT + 1}, but"):
+        TheWorld.from_pretrained(tmp_path / "step-1")
+
+
+def test_a_checkpoint_is_not_quantised(tiny: TinyCheckpoint, tmp_path: Path, trained: TheWorld):
+    write_checkpoint(tiny, tmp_path / "step-1", trained, {"world_projector", "vision_tower"})
+    with pytest.raises(ConfigError, match="put together unquantised"):
+        TheWorld.from_pretrained(tmp_path / "step-1", quantization_config={"load_in_4bit": True})
+
+
+# -- bases that cannot be used ----------------------------------------------------------------------------------------
+
+
+def refused_key(source: object, **kwargs: Any) -> tuple[str, str]:
+    """Returns key and message of the one problem that loading ends in."""
+    with pytest.raises(ConfigError) as caught:
+        TheWorld.from_pretrained(str(source), **kwargs)
+    (problem,) = caught.value.problems
+    return problem.key, problem.message
+
+
+def test_pickles_are_never_read(tiny: TinyCheckpoint, tmp_path: Path):
+    gemma, cosmos = tmp_path / "gemma", tmp_path / "cosmos"
+    shutil.copytree(tiny.gemma, gemma)
+    shutil.copytree(tiny.cosmos, cosmos)
+    torch.save(load_file(gemma / WEIGHTS), gemma / "pytorch_model.bin")
+    (gemma / WEIGHTS).unlink()
+    weights = cosmos / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    key, message = refused_key(gemma, cosmos=tiny.cosmos)
+    assert key == "model.base"
+    assert "cannot be read as safetensors" in message
+    assert refused_key(gemma, cosmos=tiny.cosmos, use_safetensors=False)[0] == "model.base"
+    key, message = refused_key(tiny.gemma, cosmos=str(cosmos))
+    assert key == "model.world.encoder"
+    assert "cannot be read as safetensors" in message
+
+
+def test_truncated_weights_are_refused(tiny: TinyCheckpoint, tmp_path: Path):
+    shutil.copytree(tiny.gemma, tmp_path / "gemma")
+    (tmp_path / "gemma" / WEIGHTS).write_bytes((tmp_path / "gemma" / WEIGHTS).read_bytes()[:1000])
+    assert refused_key(tmp_path / "gemma", cosmos=tiny.cosmos)[0] == "model.base"
+
+
+@pytest.fixture
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrained, "_load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_a_base_without_config_is_refused(tiny: TinyCheckpoint, tmp_path: Path):
+    key, message = refused_key(tmp_path, cosmos=tiny.cosmos)
+    assert key == "model.base"
+    assert "it has no config.json" in message
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    assert refused_key(tmp_path)[0] == "model.base"
+
+
+@pytest.mark.usefixtures("_no_weights")
+def test_an_encoder_without_vae_is_refused(tiny: TinyCheckpoint, tmp_path: Path):
+    key, message = refused_key(tiny.gemma, cosmos=str(tmp_path))
+    assert key == "model.world.encoder"
+    assert "vae/config.json, cannot be read" in message
+
+
+WAN_2_2 = {"z_dim": 48, "in_channels": 12, "patch_size": 2, "is_residual": True, "base_dim": 160}
+
+
+@pytest.mark.usefixtures("_no_weights")
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (WAN_2_2, "z_dim is 48, expected 16; in_channels is 12, expected 3; patch_size is 2, expected None"),
+        ({"z_dim": 8}, "z_dim is 8, expected 16"),
+        ({"is_residual": True}, "is_residual is True, expected False"),
+        ({"temperal_downsample": [True, True, True]}, "temperal_downsample is"),
+        ({"dim_mult": [1, 2, 2]}, "dim_mult is 3, expected 4"),
+        ({"latents_mean": [0.0]}, "latents_mean is 1, expected 16"),
+        ({"_class_name": "AutoencoderKLCosmos"}, "a AutoencoderKLCosmos"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else ",".join(value),
+)
+def test_a_vae_of_another_kind_is_refused(tiny: TinyCheckpoint, tmp_path: Path, values: dict[str, Any], named: str):
+    shutil.copytree(tiny.cosmos, tmp_path / "cosmos")
+    file = tmp_path / "cosmos" / "vae" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    key, message = refused_key(tiny.gemma, cosmos=str(tmp_path / "cosmos"))
+    assert key == "model.world.encoder"
+    assert named in message
 
 
 @pytest.mark.parametrize("attention", ["flash_attention_2", "kernels-community/flash-attn"])

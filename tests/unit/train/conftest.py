@@ -11,14 +11,15 @@ import torch
 
 from tests.helpers.tiny import RESOLUTION, Message, TinyCheckpoint
 from theworld_train.batch import Batch
+from theworld_train.checkpoint_files import Origin
 from theworld_train.config import parse_run_config
 from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import Collator, Sample
 from theworld_train.model import TheWorld
+from theworld_train.model.digest import base_digests
 from theworld_train.train.checkpoint import Base, Carried, CheckpointWriter, random_state
 from theworld_train.train.freeze import Precision, apply_trainable
-from theworld_train.train.handoff import base_digests
 from theworld_train.train.stage import StageModule
 
 #: What each of the shipped stages trains.
@@ -111,12 +112,14 @@ def write_checkpoint(tiny: TinyCheckpoint) -> Callable[..., Path]:
         *,
         model: TheWorld | None = None,
         trained: Sequence[str] = ("world_projector",),
+        initialised: Sequence[str] = (),
         carried: dict[str, Carried] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         keep_last: int = 2,
         digests: dict[str, str] | None = None,
         run_name: str = "test",
         base: str | None = None,
+        init_from: Origin | None = None,
     ) -> Path:
         model = tiny.theworld() if model is None else model
         if optimizer is None:
@@ -130,10 +133,14 @@ def write_checkpoint(tiny: TinyCheckpoint) -> Callable[..., Path]:
             config_yaml="name: test\n",
             run_name=run_name,
             base=Base(base or tiny.gemma, None),
-            encoder=Base(tiny.cosmos, None),
+            encoder=Base(tiny.cosmos, None) if model.config.enable_world else None,
+            init_from=init_from,
             trained=tuple(trained),
+            initialised=tuple(initialised),
             carried=carried or {},
-            base_digests=base_digests(tiny.theworld()) if digests is None else digests,
+            base_digests=(
+                base_digests(tiny.theworld(enable_world=model.config.enable_world)) if digests is None else digests
+            ),
             ledger={},
             rng=[random_state()],
         )

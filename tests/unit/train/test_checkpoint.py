@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from tests.helpers.tiny import TinyCheckpoint
+from theworld_train.checkpoint_files import (
+    FORMAT,
+    Origin,
+    checkpoint_step,
+    checkpoints,
+    file_sha256,
+    origin_of,
+    read_record,
+    recorded_origin,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
@@ -22,15 +37,10 @@ from theworld_train.model import TheWorld
 from theworld_train.train import checkpoint as checkpoint_module
 from theworld_train.train.checkpoint import (
     Carried,
-    checkpoint_step,
-    checkpoints,
-    file_sha256,
     load_optimizer,
     optimizer_tensors,
     random_state,
-    resolve_checkpoint,
     restore_random_state,
-    verify_checkpoint,
 )
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
@@ -131,17 +141,66 @@ def test_newest_checkpoints_stay(write_checkpoint: Write, tmp_path: Path):
         verify_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (OSError("no space left"), ConfigError),
+        (SafetensorError("no space left"), ConfigError),
+        (KeyboardInterrupt("no space left"), KeyboardInterrupt),
+    ],
+)
 def test_failure_while_writing_leaves_no_checkpoint(
-    write_checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write_checkpoint: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException,
+    raised: type[BaseException],
 ):
     write_checkpoint(tmp_path, 1, keep_last=1)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "seal", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-        with pytest.raises(OSError, match="no space left"):
+        patch.setattr(checkpoint_module, "seal", lambda *_: (_ for _ in ()).throw(failure))
+        with pytest.raises(raised, match="no space left"):
             write_checkpoint(tmp_path, 2, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"], "nothing is left of what was not completed"
     assert resolve_checkpoint(tmp_path) == tmp_path / "step-1", "the older one stays until the newer one is whole"
     verify_checkpoint(write_checkpoint(tmp_path, 2, keep_last=1))
     assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
+
+
+def test_failure_after_the_seal_leaves_nothing_sealed(
+    write_checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(path: Path, _: Path) -> None:
+        assert (path / "manifest.json").is_file()
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(ConfigError) as caught:
+        write_checkpoint(tmp_path / "run")
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("output_dir", str(tmp_path / "run"))
+    assert "No space left on device" in problem.message
+    assert "bytes are free" in problem.message
+    assert "resume=latest" in problem.hint
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_full_disk_is_a_plain_error(write_checkpoint: Write, tmp_path: Path, full: bool):
+    # Above the size of a file that this process may write, the system answers as a full disk does.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else before[0], before[1]))
+    try:
+        if full:
+            with pytest.raises(ConfigError, match="a checkpoint cannot be saved there"):
+                write_checkpoint(tmp_path, trained=("language_model",))
+        else:
+            verify_checkpoint(write_checkpoint(tmp_path, trained=("language_model",)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in tmp_path.iterdir()] == ([] if full else ["step-1"])
 
 
 def test_saved_step_is_never_written_again(write_checkpoint: Write, tmp_path: Path, tiny: TinyCheckpoint):
@@ -184,6 +243,61 @@ def test_carried_file_is_the_same_to_the_last_byte(write_checkpoint: Write, tmp_
     shutil.rmtree(earlier)
     verify_checkpoint(later)
     assert (later / "vision_tower.safetensors").read_bytes() == content
+
+
+def test_files_are_carried_through_a_model_that_lacks_their_component(
+    write_checkpoint: Write, saved: Path, tmp_path: Path, tiny: TinyCheckpoint
+):
+    source = saved / "world_projector.safetensors"
+    carried = {"world_projector": Carried(source, file_sha256(source), "test")}
+    model = tiny.theworld(enable_world=False)
+    later = write_checkpoint(tmp_path / "text", model=model, trained=("language_model",), carried=carried)
+    record = json.loads((later / "components.json").read_text())["components"]
+    assert record.keys() == {"language_model", "world_projector"}
+    assert (later / "world_projector.safetensors").read_bytes() == source.read_bytes()
+    verify_checkpoint(later)
+
+
+def test_what_has_never_trained_names_no_run(write_checkpoint: Write, tmp_path: Path):
+    path = write_checkpoint(tmp_path, trained=("vision_tower",), initialised=("world_projector",), run_name="vision")
+    record = json.loads((path / "components.json").read_text())["components"]
+    assert {name: entry["trained_by"] for name, entry in record.items()} == {
+        "vision_tower": "vision",
+        "world_projector": None,
+    }
+    assert file_sha256(path / "world_projector.safetensors") == record["world_projector"]["sha256"]
+
+
+def test_origin_is_recorded(write_checkpoint: Write, saved: Path, tmp_path: Path):
+    origin = origin_of(saved)
+    assert origin == Origin(str(saved), file_sha256(saved / "manifest.json"))
+    later = write_checkpoint(tmp_path / "later", init_from=origin)
+    assert recorded_origin(read_record(later / "components.json")) == origin
+    assert recorded_origin(read_record(saved / "components.json")) is None
+
+
+# -- the format -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "components.json", "state.json"])
+@pytest.mark.parametrize("found", [FORMAT - 1, FORMAT + 1, "2"])
+def test_another_format_is_refused_by_name(saved: Path, name: str, found: object):
+    record = json.loads((saved / name).read_text())
+    assert record["format"] == FORMAT
+    (saved / name).write_text(json.dumps(record | {"format": found}))
+    read = (lambda: verify_checkpoint(saved)) if name == "manifest.json" else (lambda: read_record(saved / name))
+    with pytest.raises(ConfigError, match=rf"{name} is of format {found!r}, .*reads format {FORMAT}"):
+        read()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2'])
+def test_damaged_record_is_refused(tmp_path: Path, text: str):
+    file = tmp_path / "components.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"components\.json is damaged"):
+        read_record(file)
+    with pytest.raises(ConfigError, match=r"state\.json cannot be read: No such file"):
+        read_record(tmp_path / "state.json")
 
 
 def test_file_systems_without_links_get_a_copy(

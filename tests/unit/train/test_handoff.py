@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from tests.helpers.tiny import TinyCheckpoint
+from theworld_train.checkpoint_files import Origin, file_sha256
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.model import TheWorld
+from theworld_train.model.digest import base_digests
 from theworld_train.train.checkpoint import Base
 from theworld_train.train.freeze import Precision, apply_trainable
-from theworld_train.train.handoff import Inheritance, base_digests, inherit
+from theworld_train.train.handoff import Inheritance, inherit
 
 Write = Callable[..., Path]
 PROJECTOR, TOWER = Component.WORLD_PROJECTOR, Component.VISION_TOWER
@@ -55,7 +57,7 @@ def take(
     model = TheWorld.from_pretrained(gemma, **{"cosmos": cosmos, "resolution": 32} | world)
     digests = base_digests(model)
     apply_trainable(model, trainable, precision)
-    base, encoder = Base(gemma, None), Base(cosmos, None)
+    base, encoder = Base(gemma, None), Base(cosmos, None) if model.config.enable_world else None
     return model, inherit(
         model,
         checkpoint,
@@ -107,6 +109,53 @@ def test_resuming_with_a_component_that_never_trained_is_refused(tiny: TinyCheck
     with pytest.raises(ConfigError, match=r"does not train language_model; use init_from"):
         take(tiny, checkpoint, (PROJECTOR, Component.LANGUAGE_MODEL), resume=True)
     take(tiny, checkpoint, (PROJECTOR, Component.LANGUAGE_MODEL), resume=False)
+
+
+def test_a_new_stage_starts_from_the_checkpoint_and_a_resumed_one_from_where_it_started(
+    tiny: TinyCheckpoint, write_checkpoint: Write, trained: TheWorld, tmp_path: Path
+):
+    origin = Origin("runs/projection/step-9", "0" * 64)
+    checkpoint = write_checkpoint(tmp_path / "earlier", model=trained, init_from=origin)
+    _, begun = take(tiny, checkpoint)
+    assert begun.origin == Origin(str(checkpoint), file_sha256(checkpoint / "manifest.json"))
+    _, resumed = take(tiny, checkpoint, resume=True)
+    assert resumed.origin == origin
+
+
+# -- stages without a world path --------------------------------------------------------------------------------------
+
+
+def test_scale_of_a_model_without_world_path_is_not_taken(
+    tiny: TinyCheckpoint, write_checkpoint: Write, tmp_path: Path
+):
+    plain = tiny.theworld(enable_world=False)
+    assert plain.config.world_embedding_rms == 1.0
+    checkpoint = write_checkpoint(tmp_path, model=plain, trained=("language_model",))
+    model, _ = take(tiny, checkpoint, projection="linear")
+    measured = tiny.theworld().config.world_embedding_rms
+    assert measured != 1.0
+    assert model.world_projector.scale == model.config.world_embedding_rms == measured
+
+
+def test_a_stage_without_world_path_hands_on_what_is_the_worlds(
+    tiny: TinyCheckpoint, write_checkpoint: Write, trained: TheWorld, checkpoint: Path, tmp_path: Path
+):
+    model, inheritance = take(tiny, checkpoint, (Component.LANGUAGE_MODEL,), enable_world=False)
+    assert inheritance.encoder == Base(tiny.cosmos, None)
+    assert inheritance.digests == base_digests(tiny.theworld())
+    later = write_checkpoint(
+        tmp_path / "text",
+        model=model,
+        trained=("language_model",),
+        carried=inheritance.components,
+        digests=inheritance.digests,
+    )
+    again, _ = take(tiny, later)
+    assert again.world_projector.scale == 0.75
+    for name, parameter in again.world_projector.named_parameters():
+        assert torch.equal(parameter, dict(trained.world_projector.named_parameters())[name]), name
+    with pytest.raises(ConfigError, match="world_resize 'pad' there and 'crop' here"):
+        take(tiny, later, resize="crop")
 
 
 def test_other_base_is_refused(tiny: TinyCheckpoint, checkpoint: Path, tmp_path: Path):
