@@ -41,8 +41,9 @@ def read_vae_config(source: str, revision: str | None) -> dict[str, Any]:
         message = f"the config of its video VAE, vae/config.json, cannot be read: {error}"
         hint = "name a directory with a `vae` folder, or run `theworld-train fetch CONFIG` first"
         raise ConfigError(Problem(message, key=key, value=source, hint=hint)) from error
-    kind = stated.get("_class_name", AutoencoderKLWan.__name__)
-    difference = f"a {kind}" if kind != AutoencoderKLWan.__name__ else difference_from_wan(stated)
+    # Without a `vae` folder, diffusers reads whatever config lies beside it.
+    kind, expected = stated.get("_class_name"), AutoencoderKLWan.__name__
+    difference = difference_from_wan(stated) if kind == expected else f"_class_name is {kind}, expected {expected}"
     if difference:
         message = f"its VAE is not the one of Wan 2.1 that Cosmos-Predict2 uses: {difference}"
         raise ConfigError(Problem(message, key=key, value=source))

@@ -530,7 +530,7 @@ WAN_2_2 = {"z_dim": 48, "in_channels": 12, "patch_size": 2, "is_residual": True,
         ({"temperal_downsample": [True, True, True]}, "temperal_downsample is"),
         ({"dim_mult": [1, 2, 2]}, "dim_mult is 3, expected 4"),
         ({"latents_mean": [0.0]}, "latents_mean is 1, expected 16"),
-        ({"_class_name": "AutoencoderKLCosmos"}, "a AutoencoderKLCosmos"),
+        ({"_class_name": "AutoencoderKLCosmos"}, "_class_name is AutoencoderKLCosmos, expected AutoencoderKLWan"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
