@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 
 from theworld_train.accounting.architectures import Architecture, AttentionShape, Part
-from theworld_train.accounting.resources import table
+from theworld_train.accounting.gpus import gpu_specs
 
 #: Bytes of one parameter; int4 packs two into a byte. Scales and zero points of quantised weights are not counted.
 BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5}
@@ -170,8 +171,9 @@ def training_flops(parameters: int, tokens: int) -> int:
 
 
 def gpus() -> tuple[Gpu, ...]:
-    """Returns the known kinds of GPUs, by memory."""
-    return tuple(Gpu(entry["name"], entry["memory_gb"]) for entry in table("gpus")["gpus"])
+    """Returns the known kinds of GPUs, by memory; those of equal memory are one kind."""
+    by_memory = groupby(gpu_specs(), key=lambda spec: spec.memory_gb)
+    return tuple(Gpu(", ".join(spec.title for spec in specs), memory_gb) for memory_gb, specs in by_memory)
 
 
 def usable_bytes(memory_gb: float) -> int:
