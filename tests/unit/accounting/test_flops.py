@@ -10,6 +10,7 @@ from theworld_train.accounting.pieces import AttentionWork, attended_pairs
 from theworld_train.accounting.presets import preset
 from theworld_train.accounting.video_vae import VideoVae
 from theworld_train.config.components import Component
+from theworld_train.config.errors import ConfigError
 
 GEMMA = preset("gemma-3-4b").architecture
 assert isinstance(GEMMA, Composite)
@@ -17,6 +18,24 @@ MODEL = StepModel(GEMMA.members["language_model"], GEMMA.members["vision_tower"]
 SHAPE = StepShape(1, 5000, 300)
 PROJECTION = frozenset({Component.WORLD_PROJECTOR})
 FULL = frozenset(Component)
+#: Of the fields that are left out, transformers' and diffusers' defaults are those of Gemma 3 4B and Wan 2.1.
+CONFIG = {
+    "enable_world": True,
+    "world_encoder_config": {},
+    "world_projection": "linear",
+    "world_tokens": "spatial",
+    "world_resolution": 224,
+    "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "vocab_size": 262_208},
+    "vision_config": {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 896,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
 
 
 def flops(trainable, component, part, *, shape=SHAPE, **settings):
@@ -95,6 +114,35 @@ def test_work_grows_with_micro_batches_but_the_optimizers_does_not():
     assert four.tokens == 4 * one.tokens
     moved = [sum(o.bytes for o in work.operations if o.phase == "optimizer") for work in (one, four)]
     assert moved[0] == moved[1] > 0
+
+
+def test_ranks_that_share_the_optimizers_state_share_its_work():
+    alone, shared = (
+        [
+            o.bytes
+            for o in step_work(MODEL, SHAPE, StepSettings(FULL, optimizer_shards=ranks)).operations
+            if o.phase == "optimizer"
+        ]
+        for ranks in (1, 8)
+    )
+    assert sum(shared) == pytest.approx(sum(alone) / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("field", ["vision_config", "world_encoder_config"])
+def test_models_of_another_kind_are_refused(field):
+    config = {**CONFIG, field: {"model_type": "clip_vision_model", "is_residual": True}}
+    with pytest.raises(ConfigError, match=f"config.json: {field}: describes a"):
+        StepModel.from_config(config)
+
+
+def test_a_models_sizes_are_read_from_its_config():
+    model = StepModel.from_config(CONFIG)
+    assert (model.world_tokens(1), model.projection, model.image_tokens) == (784, "linear", 256)
+    assert model.parameters[Component.WORLD_PROJECTOR] == 43_520
+    assert model.parameters[Component.WORLD_ENCODER] == 53_595_872 + 1_056
+    assert model.parameters[Component.VISION_TOWER] == 416_866_032
+    assert model.parameters[Component.LANGUAGE_MODEL] == 3_880_263_168
+    assert StepModel.from_config({**CONFIG, "enable_world": False}).world_encoder is None
 
 
 @pytest.mark.parametrize(
