@@ -35,6 +35,7 @@ from theworld_train.data import (
 )
 from theworld_train.model import TheWorld, TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld_train.model.build import build_on_meta, describe_architecture
+from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
 from theworld_train.model.world_encoder import read_vae_config
 from theworld_train.train.checkpoint import (
@@ -222,7 +223,7 @@ def load_model(
         enable_world=world.enabled,
         cosmos=world.encoder,
         cosmos_revision=world.encoder_revision,
-        attn_implementation="sdpa" if config.model.attention == "auto" else config.model.attention,
+        attn_implementation=attention_of(config),
         projection=world.projection,
         tokens=world.tokens,
         resolution=world.resolution,
@@ -249,24 +250,47 @@ def _base(source: str, revision: str | None) -> Base:
     return Base(str(Path(source).resolve()), None) if Path(source).is_dir() else Base(source, revision)
 
 
-def ledger_of(config: RunConfig) -> ParameterLedger:
-    """Returns the ledger of a run from shapes alone; for the built-in architectures not even a file is read."""
+def describe_model(config: RunConfig) -> TheWorldConfig:
+    """Returns the config of a run's model without weights; for the built-in architectures not even a file is read."""
     world = config.model.world
-    shell = build_on_meta(
-        describe_architecture(
-            config.model.base,
-            config.model.revision,
-            world.encoder,
-            world.encoder_revision,
-            enable_world=world.enabled,
-            world_projection=world.projection,
-            world_tokens=world.tokens,
-            world_resolution=world.resolution,
-            max_world_steps=world.max_world_steps,
-        )
+    architecture = describe_architecture(
+        config.model.base,
+        config.model.revision,
+        world.encoder,
+        world.encoder_revision,
+        enable_world=world.enabled,
+        world_projection=world.projection,
+        world_tokens=world.tokens,
+        world_resolution=world.resolution,
+        max_world_steps=world.max_world_steps,
     )
-    apply_trainable(shell, trainable_components(config), config.precision, getattr(torch, world.encoder_dtype))
+    architecture._attn_implementation = attention_of(config)
+    return architecture
+
+
+def attention_of(config: RunConfig) -> str:
+    """Returns the name under which transformers knows a run's attention."""
+    return "sdpa" if config.model.attention == "auto" else config.model.attention
+
+
+def ledger_of(config: RunConfig) -> ParameterLedger:
+    """Returns the ledger of a run from shapes alone."""
+    shell = build_on_meta(describe_model(config))
+    dtype = getattr(torch, config.model.world.encoder_dtype)
+    apply_trainable(shell, trainable_components(config), config.precision, dtype)
     return build_ledger(shell, config)
+
+
+def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> StageModule:
+    """Returns the module of a run's training step around a model that `apply_trainable` has prepared."""
+    return StageModule(
+        model,
+        trainable_components(config),
+        precision=config.precision,
+        chunk_size=config.training.loss_chunk_size,
+        gradient_checkpointing=config.training.gradient_checkpointing,
+        reference=config.training.loss == "reference_4_56",
+    )
 
 
 def move(model: TheWorldForConditionalGeneration, device: torch.device) -> None:
@@ -362,13 +386,7 @@ def _train(
         ledger = build_ledger(loaded.model, config)
         check_expectation(ledger, config)
     model, inheritance = loaded.model, loaded.inheritance
-    stage = StageModule(
-        model,
-        trainable_components(config),
-        precision=config.precision,
-        chunk_size=config.training.loss_chunk_size,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-    )
+    stage = build_stage(model, config)
     move(model, runtime.device)
     optimizer = build_optimizer(model, config)
     if resume and inheritance.source is not None:

@@ -220,6 +220,9 @@ class TrainingSection(Section):
     """Largest norm of the whole gradient; no limit if null."""
     gradient_checkpointing: bool = True
     """Recompute layers in the backward pass instead of keeping their activations."""
+    loss: Literal["chunked", "reference_4_56"] = "chunked"
+    """`chunked`: logits at supervised positions alone, in chunks; `reference_4_56`: as Gemma 3 in transformers 4.56,
+    fp32 logits of all positions and a shifted copy of them, for comparison with other trainers."""
     loss_chunk_size: PositiveInt = 1024
     """Supervised positions whose logits are held at once."""
     verify_freezing: bool = True
@@ -283,8 +286,9 @@ class RunConfig(Section):
     """Directory of the run: config, metrics and checkpoints."""
     seed: Seed = 0
     """Seed of initial values and data order."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """`bf16`: bf16 compute with fp32 masters of what trains; `fp32`: everything fp32."""
+    precision: Literal["bf16", "fp32", "bf16_pure"] = "bf16"
+    """`bf16`: bf16 compute with fp32 masters of what trains; `fp32`: everything fp32; `bf16_pure`: weights, gradients
+    and optimizer state in bf16 without masters, where small updates round away: for comparison with other trainers."""
     deterministic: bool = False
     """Refuse nondeterministic kernels; runs on the same hardware are then bit-identical."""
     model: ModelSection = ModelSection()

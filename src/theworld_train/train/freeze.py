@@ -15,7 +15,7 @@ from theworld_train.model.components import TRAITS, Input, component_modules, co
 from theworld_train.model.digest import digests
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp32", "bf16_pure"]
 
 
 def apply_trainable(
@@ -27,7 +27,8 @@ def apply_trainable(
     """Makes exactly the named components trainable, and stores every parameter in its dtype.
 
     What trains is stored in fp32 (its master weights); under `bf16` what is frozen is stored in bf16, but for the world
-    encoder, whose latents shift in bf16. Buffers keep their dtypes: rotary frequencies must stay fp32.
+    encoder, whose latents shift in bf16. Under `bf16_pure` what trains is stored in bf16 too. Buffers keep their
+    dtypes: rotary frequencies must stay fp32.
 
     Args:
         model: The model; loaded in the dtypes of its checkpoint, so that masters start unrounded.
@@ -45,8 +46,10 @@ def apply_trainable(
         trains = component in trainable
         for parameter in module.parameters():
             parameter.requires_grad_(trains)
-            if trains or precision == "fp32":
+            if precision == "fp32" or (trains and precision == "bf16"):
                 dtype = torch.float32
+            elif trains:
+                dtype = torch.bfloat16
             else:
                 dtype = world_encoder_dtype if component is Component.WORLD_ENCODER else torch.bfloat16
             parameter.data = parameter.data.to(dtype)
@@ -62,7 +65,7 @@ def _pin_embedding_scale(model: TheWorldForConditionalGeneration, precision: Pre
     """
     embedding: Any = model.get_input_embeddings()
     scale = torch.tensor(embedding.scalar_embed_scale, dtype=torch.float32)
-    if precision == "bf16":
+    if precision != "fp32":
         scale = scale.to(torch.bfloat16)
     embedding.embed_scale = scale.float().to(embedding.weight.device)
 

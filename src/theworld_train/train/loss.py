@@ -19,10 +19,12 @@ class LossOutput(NamedTuple):
     Attributes:
         loss_sum: Cross entropy in nats, summed over the supervised tokens of this batch.
         predictions: `(supervised tokens,)` the most likely token at each supervised position, if asked for.
+        logits: `(batch, sequence, vocabulary)` in fp32, of `reference_loss` alone, whose output holds them.
     """
 
     loss_sum: Tensor
     predictions: Tensor | None
+    logits: Tensor | None = None
 
 
 def num_chunks(num_supervised: int, chunk_size: int) -> int:
@@ -86,3 +88,21 @@ def supervised_loss(
             predictions.append(predicted)
     predicted_all = torch.cat(predictions) if predictions else targets
     return LossOutput(torch.stack(losses).sum(), predicted_all if want_predictions else None)
+
+
+def reference_loss(hidden: Tensor, labels: Tensor, attention_mask: Tensor, head: nn.Module) -> LossOutput:
+    """Computes the same loss the way Gemma 3 of transformers 4.56 does, to compare memory with trainers that use it.
+
+    It holds logits of all positions in fp32, and a shifted copy of those that are no padding.
+
+    Args:
+        hidden: `(batch, sequence, hidden)`, the language model's output.
+        labels: `(batch, sequence)`, -100 where not supervised.
+        attention_mask: `(batch, sequence)`, 1 at real tokens.
+        head: Maps hidden states to logits.
+    """
+    logits = head(hidden).float()
+    real = attention_mask[:, 1:] != 0
+    shifted = logits[:, :-1][real].contiguous()
+    loss = functional.cross_entropy(shifted, labels[:, 1:][real], ignore_index=IGNORE_INDEX, reduction="sum")
+    return LossOutput(loss, None, logits)

@@ -16,7 +16,7 @@ from theworld_train.config.components import Component
 from theworld_train.model.components import TRAITS, component_modules
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.train.freeze import Precision, enable_checkpointing, set_modes
-from theworld_train.train.loss import LossOutput, supervised_loss
+from theworld_train.train.loss import LossOutput, reference_loss, supervised_loss
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ class StageModule(nn.Module):
         precision: Precision,
         chunk_size: int,
         gradient_checkpointing: bool,
+        reference: bool = False,
     ) -> None:
         """Builds the stage around a model that `apply_trainable` has prepared.
 
         Args:
             model: The model.
             trainable: Components that train.
-            precision: `bf16` runs under autocast with the residual stream in bf16.
+            precision: `bf16` runs under autocast with the residual stream in bf16; `bf16_pure` without autocast.
             chunk_size: Supervised positions whose logits are held at once.
             gradient_checkpointing: Whether layers are recomputed in the backward pass.
+            reference: Whether training computes its loss as transformers 4.56 does.
         """
         super().__init__()
         modules = component_modules(model)
@@ -71,7 +73,9 @@ class StageModule(nn.Module):
         self.trainable = frozenset(trainable)
         self.chunk_size = chunk_size
         self._gradient_checkpointing = gradient_checkpointing
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self._reference = reference
+        self._autocasts = precision == "bf16"
+        self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._model = (model,)  # a tuple hides the whole model from the module's own children
         if gradient_checkpointing:
             enable_checkpointing(model)
@@ -127,6 +131,8 @@ class StageModule(nn.Module):
                 token_type_ids=batch.token_type_ids,
                 use_cache=False,
             ).last_hidden_state
+            if self._reference and torch.is_grad_enabled():
+                return reference_loss(hidden, batch.labels, batch.attention_mask, model.lm_head)
             return supervised_loss(
                 hidden,
                 batch.labels,
@@ -138,7 +144,7 @@ class StageModule(nn.Module):
             )
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._dtype is torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocasts)
 
     def _embed(self, batch: Batch, features: Features) -> Tensor:
         """Embeds the sequence; parts of the visual path that train run also where this rank has nothing for them."""

@@ -70,9 +70,9 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
         ),
         ("output_dir: ''", "output_dir", "expected text that is not empty", None),
         ("model: {revision: 123}", "model.revision", "expected text, or null", "put it in quotes to make it text"),
-        ("precision: bfloat16", "precision", "expected one of bf16, fp32", "did you mean 'bf16'?"),
-        ("precision: BF16", "precision", "expected one of bf16, fp32", "did you mean 'bf16'?"),
-        ("precision: int4", "precision", "expected one of bf16, fp32", None),
+        ("precision: bfloat16", "precision", "expected one of bf16, fp32, bf16_pure", "did you mean 'bf16'?"),
+        ("precision: BF16", "precision", "expected one of bf16, fp32, bf16_pure", "did you mean 'bf16'?"),
+        ("precision: int4", "precision", "expected one of bf16, fp32, bf16_pure", None),
         (
             "tracking: {trackers: wandb}",
             "tracking.trackers",
