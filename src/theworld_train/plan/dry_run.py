@@ -1,0 +1,433 @@
+"""The dry run: optimizer steps of the very trainer, over fake tensors, with every storage followed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from theworld_train.accounting.tokens import latent_frames
+from theworld_train.assemble import build_stage, describe_model, open_inputs
+from theworld_train.batch import IGNORE_INDEX, Batch
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import HubSource, RunConfig, frames_of
+from theworld_train.data import Collator, Window
+from theworld_train.model.build import build_on_meta
+from theworld_train.model.components import COMPONENT_PATHS, component_parameters
+from theworld_train.model.configuration import TheWorldConfig
+from theworld_train.model.modeling import TheWorldForConditionalGeneration
+from theworld_train.plan.cuda import cuda_semantics
+from theworld_train.plan.known_values import KnowingFakeMode
+from theworld_train.plan.timeline import CUDA_BLOCK, Timeline, spans
+from theworld_train.plan.tracker import LOSS, SEQUENCE, MemoryTracker, Trace
+from theworld_train.train.freeze import apply_trainable
+from theworld_train.train.groups import build_optimizer
+from theworld_train.train.ledger import build_ledger, trainable_components
+from theworld_train.train.runtime import Runtime
+from theworld_train.train.stage import StageModule
+from theworld_train.train.trainer import Trainer
+
+DeviceKind = Literal["cuda", "cpu"]
+
+#: Samples that are looked at where a config sets no limit to their length.
+_MEASURED_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class SampleShape:
+    """The shape of one sample.
+
+    Attributes:
+        positions: Tokens, image and world tokens included.
+        supervised: Tokens that the model has to predict.
+        images: Images for the vision tower.
+        frames: Frames of each world block; one block for each image.
+    """
+
+    positions: int
+    supervised: int
+    images: int = 1
+    frames: int = 1
+
+
+@dataclass(frozen=True)
+class PlannedParameter:
+    """One parameter as training stores it.
+
+    Attributes:
+        name: Its name in the whole model.
+        component: Whose it is.
+        shape: Its shape.
+        itemsize: Bytes of an element as stored.
+        trains: Whether it has a gradient.
+        unit: Path of the module that it is gathered with; empty for those that are gathered once for the whole step,
+            and None outside of what an engine wraps.
+    """
+
+    name: str
+    component: str
+    shape: tuple[int, ...]
+    itemsize: int
+    trains: bool
+    unit: str | None
+
+    @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run has seen.
+
+    Attributes:
+        trace: Every storage of the two steps.
+        device: Whose memory was modelled.
+        shape: Shape of each sample.
+        micro_batch_size: Samples in a micro-batch.
+        steps: Optimizer steps.
+        parameters: Every parameter of the model, tied ones once.
+    """
+
+    trace: Trace
+    device: DeviceKind
+    shape: SampleShape
+    micro_batch_size: int
+    steps: int
+    parameters: tuple[PlannedParameter, ...]
+
+    @property
+    def block(self) -> int:
+        """Bytes that every size is rounded up to."""
+        return CUDA_BLOCK if self.device == "cuda" else 1
+
+    def timeline(self) -> Timeline:
+        """Returns what a single process holds over time."""
+        return Timeline(self.trace.events, spans(self.trace), self.block)
+
+
+# -- the step's inputs ------------------------------------------------------------------------------------------------
+
+
+def sample_shape(
+    config: RunConfig, architecture: TheWorldConfig, positions: int | None = None, supervised: int | None = None
+) -> SampleShape:
+    """Returns the shape of the largest sample that a config allows: one image or clip, and text up to the limit.
+
+    Without a limit it is that of the longest of the first samples, if they are at hand.
+
+    Args:
+        config: The run config.
+        architecture: The model's config.
+        positions: Tokens of a sample instead of `data.max_sequence_length`.
+        supervised: Supervised tokens; all of the text if absent.
+
+    Raises:
+        ConfigError: If the config sets no limit and its data is on the hub, or nothing is left for text.
+    """
+    limit = positions or config.data.max_sequence_length
+    if limit is None:
+        return _longest_sample(config)
+    frames = frames_of(config.data.train)
+    visual = _visual_tokens(architecture, frames)
+    text = limit - visual
+    if text < 2:
+        raise ConfigError(
+            Problem(
+                f"too few for one image, which takes {visual} positions at a world resolution of "
+                f"{architecture.world_resolution}",
+                key="data.max_sequence_length",
+                value=limit,
+                hint="raise it, or lower model.world.resolution",
+            )
+        )
+    if supervised is not None and supervised > text - 1:
+        raise ConfigError(
+            Problem(f"more supervised tokens than text: {text - 1} positions of {limit} can be", value=supervised)
+        )
+    return SampleShape(limit, text - 1 if supervised is None else supervised, frames=frames)
+
+
+def _longest_sample(config: RunConfig) -> SampleShape:
+    """Returns a shape that holds each of the first samples of a config's data."""
+    if isinstance(config.data.train, HubSource):
+        raise ConfigError(
+            Problem(
+                "says how long samples may get, and is not set",
+                key="data.max_sequence_length",
+                hint="set it, or give the plan a length with --positions",
+            )
+        )
+    inputs = open_inputs(config)
+    collator = Collator(inputs.processor, inputs.max_length)
+    samples = (inputs.train[index] for index in range(min(_MEASURED_SAMPLES, len(inputs.train))))
+    encoded = [sample for sample in map(collator.encode, samples) if sample is not None]
+    return SampleShape(
+        positions=max(len(sample.input_ids) for sample in encoded),
+        supervised=max(int(sample.supervised.sum()) for sample in encoded),
+        frames=max((len(frames) for sample in encoded for frames in sample.world_frames), default=1),
+    )
+
+
+def _visual_tokens(architecture: Any, frames: int) -> int:  # noqa: ANN401 (a config, whose fields may be absent)
+    total: int = architecture.mm_tokens_per_image + 2
+    if architecture.enable_world:
+        total += 2 + latent_frames(frames) * architecture.world_tokens_per_frame
+    return total
+
+
+def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch:  # noqa: ANN401 (as above)
+    """Returns a batch of exact shapes whose text is one token again and again.
+
+    Args:
+        architecture: The model's config.
+        shape: Shape of each sample.
+        size: Samples.
+    """
+    ids: list[int] = []
+    if architecture.enable_world:
+        world = latent_frames(shape.frames) * architecture.world_tokens_per_frame
+        ids += [architecture.start_of_world_token_id, *[architecture.world_token_id] * world]
+        ids += [architecture.end_of_world_token_id]
+    image = architecture.image_token_index
+    ids += [architecture.boi_token_index, *[image] * architecture.mm_tokens_per_image, architecture.eoi_token_index]
+    ids += [0] * (shape.positions - len(ids))
+    labels = [IGNORE_INDEX] * (shape.positions - shape.supervised) + [0] * shape.supervised
+    input_ids = torch.tensor([ids] * size)
+    vision = architecture.vision_config
+    side = architecture.world_resolution
+    frames = size * shape.images * shape.frames
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        token_type_ids=(input_ids == image).long(),
+        labels=torch.tensor([labels] * size),
+        pixel_values=torch.zeros(size * shape.images, 3, vision.image_size, vision.image_size),
+        world_frames=torch.zeros(frames, 3, side, side) if architecture.enable_world else None,
+        world_frame_counts=(shape.frames,) * (size * shape.images) if architecture.enable_world else (),
+        sample_ids=tuple(str(index) for index in range(size)),
+        kinds=("plan",) * size,
+    )
+
+
+# -- the step ---------------------------------------------------------------------------------------------------------
+
+
+class PlannedRuntime(Runtime):
+    """A process group of one rank that forms none, and tells the tracker which phase of the step begins."""
+
+    def __init__(self, tracker: MemoryTracker) -> None:
+        """Args: tracker: told of every phase."""
+        self._tracker = tracker
+
+    rank = 0
+    world_size = 1
+    is_main = False
+    device = torch.device("cpu")
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Returns the module as it is; what an engine does to memory is a matter of the strategy."""
+        return module
+
+    def accumulating(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Begins the forward pass, and after it the next micro-batch or the optimizer."""
+        return self._micro_batch(last)
+
+    @contextmanager
+    def _micro_batch(self, last: bool) -> Generator[None]:
+        self._tracker.enter_phase("forward")
+        yield
+        self._tracker.enter_phase("optimizer" if last else "encode")
+
+    def backward(self, loss_sum: Tensor, num_supervised: int) -> None:
+        """Runs the backward pass."""
+        self._tracker.enter_phase("backward")
+        (loss_sum / num_supervised).backward()
+
+    def close(self) -> None:
+        """Does nothing: there is nothing to end."""
+
+
+def materialise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives a model on the meta device storages on the CPU: fake ones under fake tensors. Ties stay.
+
+    Args:
+        model: The model, in place.
+        dtype: Of the parameters, as a checkpoint has them; buffers keep theirs.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), requires_grad=False)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+def dry_run(
+    config: RunConfig,
+    *,
+    device: DeviceKind = "cuda",
+    micro_batch_size: int | None = None,
+    positions: int | None = None,
+    supervised: int | None = None,
+    architecture: TheWorldConfig | None = None,
+    steps: int = 2,
+    gathered: bool = False,
+) -> DryRun:
+    """Runs optimizer steps over fake tensors on this machine's CPU.
+
+    Args:
+        config: The run config.
+        device: Whose operators and optimizer are modelled.
+        micro_batch_size: Samples in a micro-batch; the config's if absent.
+        positions: Tokens of a sample instead of `data.max_sequence_length`.
+        supervised: Supervised tokens of a sample; all of its text if absent.
+        architecture: The model's config instead of the one that the run config names.
+        steps: Optimizer steps; the optimizer's state comes with the first, so the second is the one that counts.
+        gathered: Whether parameters are in bf16 throughout, as a sharding engine gathers them for the layer at work.
+    """
+    architecture = describe_model(config) if architecture is None else architecture
+    shape = sample_shape(config, architecture, positions, supervised)
+    size = config.training.micro_batch_size if micro_batch_size is None else micro_batch_size
+    model = build_on_meta(architecture)
+    with ExitStack() as stack:
+        stack.enter_context(KnowingFakeMode())
+        materialise(model, torch.bfloat16)
+        if device == "cuda":
+            stack.enter_context(cuda_semantics())
+        batch = synthetic_batch(architecture, shape, size)
+        return trace_steps(config, model, (batch,), shape, steps=steps, device=device, gathered=gathered)
+
+
+def trace_steps(
+    config: RunConfig,
+    model: TheWorldForConditionalGeneration,
+    batches: Sequence[Batch],
+    shape: SampleShape,
+    *,
+    steps: int,
+    device: DeviceKind,
+    gathered: bool = False,
+) -> DryRun:
+    """Runs optimizer steps of the trainer with every storage followed; fake or real, as model and batches are.
+
+    Args:
+        config: The run config.
+        model: With weights in the dtypes of a checkpoint.
+        batches: Micro-batches of each step.
+        shape: Shape of their samples.
+        steps: Optimizer steps.
+        device: Whose optimizer is taken.
+        gathered: As in `dry_run`.
+    """
+    size = len(batches[0].sample_ids)
+    training = {"global_batch_size": size * len(batches), "micro_batch_size": size}
+    config = config.model_copy(update={"training": config.training.model_copy(update=training)})
+    apply_trainable(
+        model, trainable_components(config), config.precision, getattr(torch, config.model.world.encoder_dtype)
+    )
+    stage = build_stage(model, config)
+    ledger = build_ledger(model, config)
+    units = _units(stage, model)
+    parameters = _parameters(stage, model, units)
+    if gathered:
+        for parameter in stage.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    optimizer = build_optimizer(model, config)
+    if device == "cuda":
+        for group in optimizer.param_groups:
+            group["foreach"] = True  # what torch chooses on its own where all parameters are on a GPU
+    tracker = MemoryTracker()
+    trainer = Trainer(
+        config=config,
+        ledger=ledger,
+        runtime=PlannedRuntime(tracker),
+        stage=stage,
+        optimizer=optimizer,
+        max_steps=steps,
+        first_step=0,
+        windows=lambda _start, _number: (_ for _ in ()),
+        held_out=None,
+        save=lambda _step, _rng: None,
+        metrics=None,
+        progress=None,
+    )
+    stage.set_training_modes()
+    components = {path: component.value for component, path in COMPONENT_PATHS.items()}
+    with tracker, tracker.watching(model, components | {"lm_head": LOSS}, units):
+        _adopt(tracker, model, optimizer, batches)
+        for step in range(steps):
+            tracker.begin_step(step)
+            trainer.step(Window(step, tuple(batches), ()))
+        trace = tracker.finish()
+    return DryRun(
+        trace=trace,
+        device=device,
+        shape=shape,
+        micro_batch_size=size,
+        steps=steps,
+        parameters=parameters,
+    )
+
+
+def _adopt(
+    tracker: MemoryTracker,
+    model: TheWorldForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+) -> None:
+    """Tells the tracker what is there before the first step."""
+    names: dict[int, tuple[str, str]] = {}
+    for component, parameters in component_parameters(model).items():
+        for name, parameter in parameters.items():
+            tracker.adopt_parameter(parameter, component.value, name)
+            names[id(parameter)] = (component.value, name)
+    for name, buffer in model.named_buffers():
+        tracker.adopt(buffer, "weights", tracker.component_of(name))
+    tracker.adopt_state(optimizer, names)
+    for batch in {id(batch): batch for batch in batches}.values():
+        for value in vars(batch).values():
+            if isinstance(value, Tensor):
+                tracker.adopt(value, "activations", SEQUENCE)
+
+
+def _parameters(
+    stage: StageModule, model: TheWorldForConditionalGeneration, units: tuple[str, ...]
+) -> tuple[PlannedParameter, ...]:
+    """Describes every parameter, and says with which unit it is gathered."""
+    inside = {id(parameter) for parameter in stage.parameters()}
+    unit_of = {id(parameter): unit for unit in units for parameter in model.get_submodule(unit).parameters()}
+    return tuple(
+        PlannedParameter(
+            name=name,
+            component=component.value,
+            shape=tuple(parameter.shape),
+            itemsize=parameter.element_size(),
+            trains=parameter.requires_grad,
+            unit=unit_of.get(id(parameter), "") if id(parameter) in inside else None,
+        )
+        for component, parameters in component_parameters(model).items()
+        for name, parameter in parameters.items()
+    )
+
+
+def _units(stage: StageModule, model: nn.Module) -> tuple[str, ...]:
+    """Returns the paths of the layers inside of what an engine wraps, in the order of their calls."""
+    inside = {id(module) for module in stage.parts.modules()}
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and id(module) in inside
+    )

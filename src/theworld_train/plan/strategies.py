@@ -1,0 +1,317 @@
+"""Strategies: what one of several ranks holds, worked out from the storages of a single process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from theworld_train.config.errors import ConfigError, Problem, did_you_mean
+from theworld_train.plan.dry_run import DryRun, PlannedParameter
+from theworld_train.plan.timeline import Span, Timeline, spans
+from theworld_train.plan.tracker import OPTIMIZER, Allocation, Category
+
+StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Offload = Literal["none", "optimizer", "all"]
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
+
+#: Bytes of fp32, in which gradients are reduced and masters and moments are kept, and of the dtype that is gathered.
+_FP32, _BF16 = 4, 2
+#: Moments of AdamW.
+_MOMENTS = 2
+#: Elements that DeepSpeed collects before it reduces gradients (`reduce_bucket_size`, its default).
+_BUCKET = 500_000_000
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How ranks share the work.
+
+    Attributes:
+        name: As the run config and the command line know it.
+        about: What it shares.
+        offloads: What it can keep in the memory of the host.
+        gathers: Whether parameters are sharded, and gathered layer by layer.
+    """
+
+    name: StrategyName
+    about: str
+    offloads: tuple[Offload, ...]
+    gathers: bool = False
+
+
+STRATEGIES: dict[str, Strategy] = {
+    strategy.name: strategy
+    for strategy in (
+        Strategy("ddp", "every rank holds everything", ("none",)),
+        Strategy("zero1", "optimizer state is sharded", ("none", "optimizer")),
+        Strategy("zero2", "optimizer state and gradients are sharded", ("none", "optimizer")),
+        Strategy("zero3", "weights are sharded too, DeepSpeed's way", ("none", "optimizer", "all"), gathers=True),
+        Strategy("fsdp2", "weights are sharded too, PyTorch's way", ("none", "all"), gathers=True),
+    )
+}
+
+
+def strategy_of(name: str, offload: Offload = "none") -> Strategy:
+    """Returns a strategy by its name.
+
+    Raises:
+        ConfigError: If it is not known, or cannot offload what is asked for.
+    """
+    if name not in STRATEGIES:
+        hint = did_you_mean(name, list(STRATEGIES))
+        raise ConfigError(Problem("is no strategy", key="--strategy", value=name, hint=hint))
+    strategy = STRATEGIES[name]
+    if offload not in strategy.offloads:
+        able = ", ".join(other.name for other in STRATEGIES.values() if offload in other.offloads)
+        raise ConfigError(
+            Problem(f"{name} cannot offload this", key="--offload", value=offload, hint=f"these can: {able}")
+        )
+    return strategy
+
+
+def offload_of(name: str) -> Offload:
+    """Returns what is offloaded by its name.
+
+    Raises:
+        ConfigError: If it is not known.
+    """
+    for known in OFFLOADS:
+        if name == known:
+            return known
+    raise ConfigError(Problem("cannot be offloaded", key="--offload", value=name, hint=did_you_mean(name, OFFLOADS)))
+
+
+def rank_timeline(
+    run: DryRun, strategy: Strategy, ranks: int, offload: Offload = "none", *, accumulates: bool = False
+) -> Timeline:
+    """Returns what one rank holds over time.
+
+    Args:
+        run: The dry run of a single process; of `gathered` parameters for a strategy that gathers, on several ranks.
+        strategy: How ranks share the work.
+        ranks: Their number.
+        offload: What is kept in the host's memory.
+        accumulates: Whether a step has several micro-batches: all but the first meet the gradients of those before.
+    """
+    if ranks == 1 and offload == "none":
+        held = list(_accumulated(run)) if accumulates else spans(run.trace)
+    elif strategy.gathers:
+        held = list(_gathered(run, strategy, ranks, offload, accumulates))
+    else:
+        held = list(_replicated(run, strategy, ranks, offload, accumulates))
+    return Timeline(run.trace.events, held, run.block)
+
+
+def _accumulated(run: DryRun) -> Iterator[Span]:
+    """A single process in its second micro-batch: gradients are there, and new ones are added to them one by one."""
+    last = len(run.trace.events)
+    for allocation in _allocations(run):
+        span = _span(allocation, last)
+        if allocation.category == "gradients":
+            yield _arriving(span, allocation)
+            yield replace(span, start=_step_start(run, allocation))
+        else:
+            yield span
+
+
+# -- weights on every rank --------------------------------------------------------------------------------------------
+
+
+def _replicated(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, accumulates: bool) -> Iterator[Span]:
+    """DDP, ZeRO-1 and ZeRO-2: gradients go through buckets; what the optimizer works on may be sharded."""
+    last = len(run.trace.events)
+    trained = sum(parameter.numel for parameter in run.parameters if parameter.trains)
+    shares_state, shares_gradients = strategy.name != "ddp", strategy.name == "zero2"
+    on_host = offload != "none"
+    for allocation in _allocations(run):
+        span = _span(allocation, last)
+        if allocation.category == "optimizer" or _is_update(allocation):
+            if not on_host:
+                yield replace(span, size=_share(span.size, ranks if shares_state else 1))
+        elif allocation.category == "gradients":
+            arriving = _arriving(span, allocation)
+            yield arriving
+            if shares_gradients and not on_host:
+                start = _step_start(run, allocation) if accumulates else arriving.end
+                yield replace(span, size=_share(span.size, ranks), start=start)
+        else:
+            yield span
+    if not shares_gradients and trained:
+        yield Span(trained * _gradient_size(run), "gradients", OPTIMIZER, 0, last)
+    if shares_state and trained:
+        yield Span(min(trained, _BUCKET) * _gradient_size(run), "temporaries", OPTIMIZER, 0, last)
+        if not on_host:
+            yield Span(_share(trained * _FP32, ranks), "masters", OPTIMIZER, 0, last)
+
+
+# -- weights sharded --------------------------------------------------------------------------------------------------
+
+
+def _gathered(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, accumulates: bool) -> Iterator[Span]:
+    """ZeRO-3 and FSDP2: a rank holds a share of everything, and whole parameters of the layers at work alone."""
+    last = len(run.trace.events)
+    inside = {parameter.name for parameter in run.parameters if parameter.unit is not None}
+    for allocation in _allocations(run):
+        if _is_update(allocation):
+            if offload == "none":  # of shards in fp32, where the run has updated whole parameters in bf16
+                span = _span(allocation, last)
+                yield replace(span, size=_share(span.size * _FP32 // _BF16, ranks))
+        elif allocation.parameter not in inside:
+            yield _span(allocation, last)
+    sharded = [parameter for parameter in run.parameters if parameter.unit is not None]
+    for parameter in sharded:
+        elements = _shard(parameter, ranks)
+        if offload != "all":
+            kind: Category = "masters" if parameter.trains and parameter.itemsize == _FP32 else "weights"
+            yield Span(elements * parameter.itemsize, kind, parameter.component, 0, last)
+        if parameter.trains and offload == "none":
+            yield Span(elements * _FP32 * _MOMENTS, "optimizer", parameter.component, 0, last)
+    yield from _Passes(run, ranks, offload, accumulates).spans()
+    trained = sum(parameter.numel for parameter in sharded if parameter.trains)
+    if strategy.name == "zero3" and trained:
+        yield Span(min(trained, _BUCKET) * _FP32, "temporaries", OPTIMIZER, 0, last)
+
+
+class _Passes:
+    """What gathering adds to the forward and backward passes of a trace, in the order in which FSDP2 does it.
+
+    Forward, a layer's parameters are gathered into a buffer and copied out of it; the buffer stays until the next layer
+    is gathered. Backward, the buffer of the next layer is filled while a layer is at work. When a layer is done, its
+    gradients are copied into an fp32 buffer that is reduced, and that stays until the next layer is done.
+    """
+
+    def __init__(self, run: DryRun, ranks: int, offload: Offload, accumulates: bool) -> None:
+        self._run = run
+        self._accumulates = accumulates
+        self._ranks = ranks
+        self._offload = offload
+        self._members: dict[str, list[PlannedParameter]] = {}
+        for parameter in run.parameters:
+            if parameter.unit is not None:
+                self._members.setdefault(parameter.unit, []).append(parameter)
+        self._forward = _stretches(run, "forward")
+        self._backward = _stretches(run, "backward")
+
+    def spans(self) -> Iterator[Span]:
+        """Returns gathered parameters, buffers and gradients."""
+        done: dict[tuple[str, int], int] = {}
+        for index, (forward, backward) in enumerate(zip(self._forward, self._backward, strict=True)):
+            yield from self._forward_pass(forward, backward)
+            order = sorted(
+                (start, unit)
+                for unit, starts in self._run.trace.backward_starts.items()
+                for start in starts
+                if backward[0] <= start <= backward[1]
+            )
+            ends = [start for start, _ in order[1:]] + [backward[1]]
+            filled = backward[0]
+            for position, (start, unit) in enumerate(order):
+                end = ends[position]
+                yield from self._parameters(unit, start, end)
+                yield from self._buffer(unit, _BF16, filled, start)
+                filled = start
+                done[unit, index] = end
+                yield from self._buffer(unit, _FP32, end, ends[min(position + 1, len(ends) - 1)])
+            done["", index] = backward[1]
+            yield from self._buffer("", _FP32, backward[1] - 1, backward[1])
+        yield from self._gradients(done)
+
+    def _forward_pass(self, forward: tuple[int, int], backward: tuple[int, int]) -> Iterator[Span]:
+        calls = sorted(
+            (start, end, unit)
+            for unit, pairs in self._run.trace.calls.items()
+            for start, end in pairs
+            if forward[0] <= start < forward[1]
+        )
+        first = calls[0][0] if calls else forward[1]
+        yield from self._parameters("", forward[0], backward[1])
+        yield from self._buffer("", _BF16, forward[0], first)
+        starts = [start for start, _, _ in calls[1:]] + [forward[1]]
+        for (start, end, unit), following in zip(calls, starts, strict=True):
+            yield from self._parameters(unit, start, end)
+            yield from self._buffer(unit, _BF16, start, following)
+
+    def _parameters(self, unit: str, start: int, end: int) -> Iterator[Span]:
+        """Whole parameters of a unit."""
+        if end > start:
+            for parameter in self._members.get(unit, []):
+                yield Span(parameter.numel * _BF16, "weights", parameter.component, start, end)
+
+    def _buffer(self, unit: str, itemsize: int, start: int, end: int) -> Iterator[Span]:
+        """The one buffer in which a unit's parameters come (in bf16), or its gradients go (in fp32)."""
+        members = [member for member in self._members.get(unit, []) if itemsize == _BF16 or member.trains]
+        if members and end > start:
+            size = sum(member.numel for member in members) * itemsize
+            yield Span(size, "temporaries", max(members, key=lambda member: member.numel).component, start, end)
+
+    def _gradients(self, done: dict[tuple[str, int], int]) -> Iterator[Span]:
+        """Gradients of whole parameters until their unit is done, and this rank's share of them from then on."""
+        members = {parameter.name: parameter for group in self._members.values() for parameter in group}
+        for allocation in _allocations(self._run):
+            parameter = members.get(allocation.parameter)
+            if allocation.category != "gradients" or parameter is None or parameter.unit is None:
+                continue
+            index = next(i for i, (start, end) in enumerate(self._backward) if start <= allocation.born <= end)
+            whole = max(done.get((parameter.unit, index), allocation.born), allocation.born + 1)
+            span = _span(allocation, len(self._run.trace.events))
+            yield replace(span, category="temporaries", end=whole)
+            if self._offload == "none" and span.end > whole:
+                start = _step_start(self._run, allocation) if self._accumulates else whole
+                yield replace(span, size=_shard(parameter, self._ranks) * _FP32, start=start)
+
+
+def _stretches(run: DryRun, phase: str) -> list[tuple[int, int]]:
+    """Returns the stretches of a phase as (first event, event behind the last)."""
+    found: list[tuple[int, int]] = []
+    for index, event in enumerate(run.trace.events):
+        if event.phase != phase:
+            continue
+        if found and found[-1][1] == index:
+            found[-1] = (found[-1][0], index + 1)
+        else:
+            found.append((index, index + 1))
+    return found
+
+
+# -- what both need ---------------------------------------------------------------------------------------------------
+
+
+def _allocations(run: DryRun) -> Iterator[Allocation]:
+    return (event.allocation for event in run.trace.events if event.is_birth)
+
+
+def _span(allocation: Allocation, last: int) -> Span:
+    end = last if allocation.died is None else allocation.died
+    return Span(allocation.size, allocation.category, allocation.component, allocation.born, end)
+
+
+def _arriving(span: Span, allocation: Allocation) -> Span:
+    """Returns a gradient as the backward pass makes it, until it is added to what is there or put into a bucket."""
+    whole = allocation.born + 1 if allocation.accumulated is None else max(allocation.accumulated, allocation.born + 1)
+    return replace(span, category="temporaries", end=whole)
+
+
+def _step_start(run: DryRun, allocation: Allocation) -> int:
+    """Returns the first event of the optimizer step in which something was made."""
+    step = run.trace.events[allocation.born].step
+    return next(index for index, event in enumerate(run.trace.events) if event.step == step)
+
+
+def _is_update(allocation: Allocation) -> bool:
+    """Whether the optimizer's step has made it for a moment, in the shapes of what it updates."""
+    return allocation.phase == "optimizer" and allocation.category == "temporaries"
+
+
+def _share(size: int, ranks: int) -> int:
+    return -(-size // ranks)
+
+
+def _shard(parameter: PlannedParameter, ranks: int) -> int:
+    """Returns the elements of one rank's share, which is cut along the first dimension and padded."""
+    rows = parameter.shape[0] if parameter.shape else 1
+    return _share(rows, ranks) * (parameter.numel // max(1, rows))
+
+
+def _gradient_size(run: DryRun) -> int:
+    return max((parameter.itemsize for parameter in run.parameters if parameter.trains), default=_FP32)

@@ -1,0 +1,82 @@
+"""Protects the plan of memory: against published measurements, real steps, a real engine, and itself at other sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.planned import EVERYTHING, architecture, real_model, run_config
+from tests.helpers.sharded import fsdp2_peak
+from theworld_train.config import load_run_config
+from theworld_train.plan.dry_run import dry_run, sample_shape, synthetic_batch, trace_steps
+from theworld_train.plan.strategies import STRATEGIES, rank_timeline
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 2**30
+
+PROJECTION = ("world_projector",)
+LANGUAGE = ("world_projector", "language_model")
+
+
+@pytest.mark.parametrize(("name", "published"), [("published-projection", 89.92), ("published-gemma-only", 47.18)])
+def test_published_measurements_are_planned_from_their_configs(name: str, published: float):
+    run = dry_run(load_run_config(CONFIGS / "reference" / f"{name}.yaml"))
+    peak = run.timeline().peak(1)
+    assert peak.total / GIB == pytest.approx(published, rel=0.02)
+    assert peak.phase == "backward"
+
+
+def test_the_published_logits_are_four_buffers():
+    """37.7 GiB of the 89.92: fp32 logits, and three more of their size while the loss is differentiated."""
+    run = dry_run(load_run_config(CONFIGS / "reference" / "published-projection.yaml"), steps=1)
+    logits = 2 * 4823 * 262_208 * 4
+    assert run.timeline().peak(0).by_component()["loss"] == pytest.approx(4 * logits, rel=0.001)
+
+
+@pytest.mark.parametrize("trainable", [PROJECTION, LANGUAGE, EVERYTHING], ids=len)
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpointing: bool):
+    config, model = run_config(trainable, gradient_checkpointing=checkpointing), architecture()
+    planned = dry_run(config, device="cpu", architecture=model)
+    shape = sample_shape(config, model)
+    batch = synthetic_batch(model, shape, 2)
+    real = trace_steps(config, real_model(model), (batch,), shape, steps=2, device="cpu")
+    for step in (0, 1):
+        first, second = planned.timeline().peak(step), real.timeline().peak(step)
+        assert first.total == pytest.approx(second.total, rel=0.01)
+        assert first.by_category() == pytest.approx(second.by_category(), rel=0.02, abs=4096)
+        assert (first.phase, first.op, first.module) == (second.phase, second.op, second.module)
+
+
+def test_gradients_of_earlier_micro_batches_are_counted():
+    config, model = run_config(LANGUAGE, batch=1, global_batch=2), architecture()
+    shape = sample_shape(config, model)
+    batch = synthetic_batch(model, shape, 1)
+    real = trace_steps(config, real_model(model), (batch, batch), shape, steps=2, device="cpu")
+    run = dry_run(config, device="cpu", architecture=model, micro_batch_size=1)
+    accumulated = rank_timeline(run, STRATEGIES["ddp"], 1, accumulates=True)
+    assert accumulated.peak(1).total == pytest.approx(real.timeline().peak(1).total, rel=0.01)
+    assert accumulated.phase_peaks(1)["forward"] > 1.05 * run.timeline().phase_peaks(1)["forward"]
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+@pytest.mark.parametrize("trainable", [PROJECTION, EVERYTHING], ids=len)
+def test_sharding_agrees_with_a_rank_of_fsdp2(trainable: tuple[str, ...], ranks: int):
+    # Wide enough for weights, gathered layers and buffers to be what counts.
+    model = architecture(hidden_size=512, intermediate_size=2048, vocab_size=4096, head_dim=128)
+    config = run_config(trainable)
+    run = dry_run(config, architecture=model, gathered=True)
+    planned = rank_timeline(run, STRATEGIES["fsdp2"], ranks).peak(1)
+    assert planned.total == pytest.approx(fsdp2_peak(config, model, ranks, "cuda").total, rel=0.03)
+
+
+@pytest.mark.parametrize("trainable", [PROJECTION, EVERYTHING], ids=len)
+def test_memory_is_a_straight_line_over_samples(trainable: tuple[str, ...]):
+    model = architecture()
+    peaks = {
+        size: dry_run(run_config(trainable, batch=size), architecture=model).timeline().phase_peaks(1)
+        for size in (1, 2, 8)
+    }
+    for phase, one in peaks[1].items():
+        assert one + 7 * (peaks[2][phase] - one) == pytest.approx(peaks[8][phase], rel=0.01)
