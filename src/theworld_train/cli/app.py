@@ -38,6 +38,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "evaluate": CommandEntry("theworld_train.cli.evaluate:evaluate", "Measure a checkpoint, with ablations."),
     "generate": CommandEntry("theworld_train.cli.generate:generate", "Answer a question about an image or a clip."),
     "fetch": CommandEntry("theworld_train.cli.fetch:fetch", "Download models and data, once, and pin their revisions."),
+    "plan": CommandEntry("theworld_train.cli.plan:plan", "Plan a run's memory, and say whether it fits a GPU."),
     "params": CommandEntry("theworld_train.cli.params:params", "Count every parameter of a run, by component."),
     "tiny": CommandEntry("theworld_train.cli.tiny:tiny", "Write the quickstart's tiny model."),
     "validate": CommandEntry("theworld_train.cli.validate:validate", "Check run configs and pipelines."),

@@ -1,0 +1,329 @@
+"""Advice: whether a run fits a GPU, with what margin and how large a micro-batch, and what to change if it does not."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from theworld_train.accounting.gpus import GpuSpec
+from theworld_train.accounting.tokens import world_tokens
+from theworld_train.assemble import describe_model
+from theworld_train.config import parse_run_config
+from theworld_train.config.schema import RunConfig, frames_of
+from theworld_train.plan.allocator import reserved_bytes
+from theworld_train.plan.dry_run import DryRun, dry_run
+from theworld_train.plan.strategies import STRATEGIES, Offload, Strategy, rank_timeline
+from theworld_train.plan.timeline import Peak, Timeline
+
+Word = Literal["fits", "tight", "does not fit"]
+#: Dotted keys of the run config and their values.
+Overrides = tuple[tuple[str, object], ...]
+
+GIB = 2**30
+#: What a process takes of a GPU beside PyTorch's allocator: CUDA's context and kernels, libraries' workspaces.
+CONTEXT_BYTES = int(0.7 * GIB)
+#: Buffers of NCCL where several ranks talk.
+COLLECTIVE_BYTES = int(0.4 * GIB)
+#: Share of a GPU below which the margin is called tight: what kernels take inside is not seen.
+TIGHT_SHARE = 0.03
+#: Resolutions that advice tries below the config's, largest first.
+RESOLUTIONS = (384, 256, 224)
+
+_RESERVED = "reserved"
+#: Optimizer steps of a dry run: the optimizer's state comes with the first one.
+_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a run is laid out.
+
+    Attributes:
+        strategy: How ranks share the work.
+        ranks: Their number.
+        offload: What is kept in the host's memory.
+        micro_batch_size: Samples that one rank processes at once.
+    """
+
+    strategy: Strategy
+    ranks: int
+    offload: Offload
+    micro_batch_size: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one rank takes of a GPU.
+
+    Attributes:
+        setting: How the run is laid out.
+        peak: The moment of most memory in a step.
+        reserved: Bytes that the caching allocator has taken by then, its fragments included.
+        overhead: Bytes beside the allocator.
+    """
+
+    setting: Setting
+    peak: Peak
+    reserved: int
+    overhead: int
+
+    @property
+    def least(self) -> int:
+        """Bytes without which there is no step, if the allocator has to give back all that it can."""
+        return self.peak.total + self.overhead
+
+    @property
+    def usual(self) -> int:
+        """Bytes that the process is seen to take."""
+        return self.reserved + self.overhead
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a need fits a GPU.
+
+    Attributes:
+        need: The need.
+        gpu: The GPU.
+        word: `fits`; `tight` if the allocator must give memory back in between or little is left; or `does not fit`.
+        margin: Bytes left, negative if it does not fit.
+    """
+
+    need: Need
+    gpu: GpuSpec
+    word: Word
+    margin: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something to change so that a run fits.
+
+    Attributes:
+        overrides: Keys of the run config and their values.
+        layout: Options for strategy and offload, empty if they stay.
+        verdict: What the changed run needs, priced by a dry run of its own.
+    """
+
+    overrides: Overrides
+    layout: str
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        """Renders it as arguments of the command line."""
+        return " ".join([*(f"{key}={json.dumps(value)}" for key, value in self.overrides), self.layout]).strip()
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What is to be said of a run on a GPU.
+
+    Attributes:
+        verdict: Whether it fits as it is.
+        largest_micro_batch: Samples of the largest micro-batch that fits; 0 if none does.
+        change: The cheapest change that makes it fit; None if it fits already, or nothing does.
+        least: If nothing makes it fit, the change that takes the least memory.
+    """
+
+    verdict: Verdict
+    largest_micro_batch: int
+    change: Change | None = None
+    least: Change | None = None
+
+
+def judge(need: Need, gpu: GpuSpec) -> Verdict:
+    """Returns whether a need fits a GPU."""
+    capacity = int(gpu.usable_gib * GIB)
+    margin = capacity - need.usual
+    if margin >= TIGHT_SHARE * capacity:
+        return Verdict(need, gpu, "fits", margin)
+    if need.least <= capacity:
+        return Verdict(need, gpu, "tight", margin)
+    return Verdict(need, gpu, "does not fit", capacity - need.least)
+
+
+class Planner:
+    """Plans one run config; every dry run is made once."""
+
+    def __init__(self, config: RunConfig, positions: int | None = None, supervised: int | None = None) -> None:
+        """Starts with no dry run.
+
+        Args:
+            config: The run config.
+            positions: Tokens of a sample instead of `data.max_sequence_length`.
+            supervised: Supervised tokens of a sample; all of its text if absent.
+        """
+        self.config = config
+        self._positions = positions
+        self._supervised = supervised
+        self._runs: dict[tuple[int, bool], DryRun] = {}
+        self._needs: dict[Setting, Need] = {}
+        self._variants: dict[Overrides, Planner] = {}
+
+    # -- one setting --------------------------------------------------------------------------------------------------
+
+    def setting(
+        self, strategy: str, ranks: int, offload: Offload = "none", micro_batch_size: int | None = None
+    ) -> Setting:
+        """Returns a setting whose micro-batch is the config's, as far as the global batch has one for every rank."""
+        training = self.config.training
+        size = training.micro_batch_size if micro_batch_size is None else micro_batch_size
+        return Setting(STRATEGIES[strategy], ranks, offload, min(size, max(1, training.global_batch_size // ranks)))
+
+    def run(self, setting: Setting, steps: int = _STEPS) -> DryRun:
+        """Returns the dry run that a setting's memory is worked out from, of so many steps at least."""
+        gathered = setting.strategy.gathers and (setting.ranks > 1 or setting.offload != "none")
+        key = (setting.micro_batch_size, gathered)
+        known = self._runs.get(key)
+        if known is None or known.steps < steps:
+            self._runs[key] = dry_run(
+                self.config,
+                micro_batch_size=setting.micro_batch_size,
+                steps=steps,
+                gathered=gathered,
+                positions=self._positions,
+                supervised=self._supervised,
+            )
+        return self._runs[key]
+
+    def timeline(self, setting: Setting, steps: int = _STEPS) -> Timeline:
+        """Returns what one rank holds over time."""
+        samples = setting.micro_batch_size * setting.ranks
+        return rank_timeline(
+            self.run(setting, steps),
+            setting.strategy,
+            setting.ranks,
+            setting.offload,
+            accumulates=self.config.training.global_batch_size > samples,
+        )
+
+    def need(self, setting: Setting) -> Need:
+        """Returns what one rank takes of a GPU."""
+        if setting not in self._needs:
+            timeline = self.timeline(setting)
+            overhead = CONTEXT_BYTES + (COLLECTIVE_BYTES if setting.ranks > 1 else 0)
+            peak = timeline.peak(_STEPS - 1)
+            self._needs[setting] = Need(setting, peak, max(reserved_bytes(timeline.held), peak.total), overhead)
+        return self._needs[setting]
+
+    # -- what else ----------------------------------------------------------------------------------------------------
+
+    def largest_micro_batch(self, setting: Setting, gpu: GpuSpec) -> int:
+        """Returns the largest micro-batch that fits, 0 if none does.
+
+        Each phase's peak is a straight line over the samples, and nearly so what is reserved: both are laid through dry
+        runs of one and of two.
+        """
+        most = max(1, self.config.training.global_batch_size // setting.ranks)
+        one = self._with_size(setting, 1)
+        need = self.need(one)
+        if judge(need, gpu).word == "does not fit":
+            return 0
+        if most == 1:
+            return 1
+        base = self.timeline(one).phase_peaks(_STEPS - 1) | {_RESERVED: need.reserved}
+        more = self._growth(setting)
+        room = gpu.usable_gib * GIB - need.overhead
+
+        def fits(size: int) -> bool:
+            return size == 1 or max(base[line] + (size - 1) * more[line] for line in base) <= room
+
+        return bisect(range(1, most + 1), False, key=lambda size: not fits(size))
+
+    def _growth(self, setting: Setting) -> dict[str, int]:
+        """Returns the bytes that a further sample adds to each phase's peak and to what is reserved, in step 0."""
+        timelines = [self.timeline(self._with_size(setting, size), steps=1) for size in (1, 2)]
+        one, two = (
+            timeline.phase_peaks(0) | {_RESERVED: reserved_bytes(timeline.held_until(0))} for timeline in timelines
+        )
+        return {line: two[line] - one[line] for line in one}
+
+    def _with_size(self, setting: Setting, size: int) -> Setting:
+        return Setting(setting.strategy, setting.ranks, setting.offload, size)
+
+    def assess(self, setting: Setting, gpu: GpuSpec) -> Assessment:
+        """Judges a setting, and looks for the cheapest change if it does not fit with room to spare."""
+        verdict = judge(self.need(setting), gpu)
+        largest = self.largest_micro_batch(setting, gpu)
+        if verdict.word == "fits":
+            return Assessment(verdict, largest)
+        least: Change | None = None
+        for change in self.changes(setting, gpu):
+            if change.verdict.word == "fits":
+                return Assessment(verdict, largest, change)
+            if least is None or change.verdict.need.usual < least.verdict.need.usual:
+                least = change
+        return Assessment(verdict, largest, least=least)
+
+    def changes(self, setting: Setting, gpu: GpuSpec) -> Iterator[Change]:
+        """Prices changes, cheapest first: smaller micro-batch, checkpointing, sharding, offload, smaller frames."""
+        for overrides in self._overrides():
+            variant = self.variant(overrides)
+            layouts = [(setting.strategy.name, setting.offload), *_layouts(setting.ranks)]
+            for strategy, offload in dict.fromkeys(layouts):
+                changed = variant.setting(strategy, setting.ranks, offload)
+                if not overrides and changed == setting:
+                    continue
+                layout = ""
+                if (strategy, offload) != (setting.strategy.name, setting.offload):
+                    layout = f"--strategy {strategy}" + (f" --offload {offload}" if offload != "none" else "")
+                yield Change(overrides, layout, judge(variant.need(changed), gpu))
+
+    def _overrides(self) -> Iterator[Overrides]:
+        """Returns sets of overrides, cheapest first, each of which holds those before it."""
+        training = self.config.training
+        overrides: list[tuple[str, object]] = []
+        if training.micro_batch_size > 1:
+            overrides.append(("training.micro_batch_size", 1))
+            yield tuple(overrides)
+        if not training.gradient_checkpointing:
+            overrides.append(("training.gradient_checkpointing", True))
+            yield tuple(overrides)
+        if not overrides:
+            yield ()
+        for resolution in RESOLUTIONS:
+            if self.config.model.world.enabled and resolution < self.config.model.world.resolution:
+                yield (*overrides, *self._smaller(resolution))
+
+    def _smaller(self, resolution: int) -> Overrides:
+        """Returns the overrides of a smaller resolution, whose samples are shorter by the world tokens that go."""
+        world = self.config.model.world
+        frames = frames_of(self.config.data.train)
+        before, after = (
+            world_tokens(world.tokens, side, describe_model(self.config).world_latent_channels, frames)
+            for side in (world.resolution, resolution)
+        )
+        limit = self._positions or self.config.data.max_sequence_length
+        shorter = () if limit is None else (("data.max_sequence_length", limit - before + after),)
+        return (("model.world.resolution", resolution), *shorter)
+
+    def variant(self, overrides: Overrides) -> Planner:
+        """Returns a planner of the config with overrides, the same one for the same overrides."""
+        if not overrides:
+            return self
+        if overrides not in self._variants:
+            shortened = any(key == "data.max_sequence_length" for key, _ in overrides)
+            changed = _overridden(self.config, overrides)
+            self._variants[overrides] = Planner(changed, None if shortened else self._positions, self._supervised)
+        return self._variants[overrides]
+
+
+def _layouts(ranks: int) -> list[tuple[str, Offload]]:
+    """Returns strategies and offloads by what they cost in time, cheapest first."""
+    shared: list[tuple[str, Offload]] = [("ddp", "none"), ("zero1", "none"), ("zero2", "none"), ("fsdp2", "none")]
+    return (shared if ranks > 1 else []) + [("zero2", "optimizer"), ("fsdp2", "all")]
+
+
+def _overridden(config: RunConfig, overrides: Overrides) -> RunConfig:
+    """Returns a config with some values replaced."""
+    values = config.model_dump(mode="json")
+    for dotted, value in overrides:
+        *sections, key = dotted.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[key] = value
+    return parse_run_config(values, config.name)

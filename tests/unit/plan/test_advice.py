@@ -1,0 +1,102 @@
+"""Protects the advice: verdicts, the largest micro-batch, and changes in the order of what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.helpers.planned import EVERYTHING, architecture, run_config
+from theworld_train.accounting.gpus import GpuSpec, gpu_specs
+from theworld_train.plan import advice
+from theworld_train.plan.advice import CONTEXT_BYTES, GIB, Planner, judge
+from theworld_train.plan.dry_run import dry_run
+
+MODEL = architecture(hidden_size=256, intermediate_size=1024, vocab_size=4096, head_dim=64, num_hidden_layers=1)
+
+
+def gpu(usable: float) -> GpuSpec:
+    """Returns a GPU with so many bytes."""
+    return replace(gpu_specs()[0], name="test", title="test", usable_gib=usable / GIB)
+
+
+@pytest.fixture
+def planner(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Planner]:
+    """Makes planners of small runs, with the model of this file."""
+    monkeypatch.setattr(advice, "dry_run", partial(dry_run, architecture=MODEL))
+
+    def make(*args: Any, **kwargs: Any) -> Planner:
+        return Planner(run_config(*args, **kwargs))
+
+    return make
+
+
+def test_verdicts_follow_the_margin(planner: Callable[..., Planner]):
+    plans = planner()
+    need = plans.need(plans.setting("ddp", 1))
+    assert need.overhead == CONTEXT_BYTES
+    assert need.reserved >= need.peak.total
+    assert judge(need, gpu(need.usual * 1.04)).word == "fits"
+    assert judge(need, gpu(need.usual * 1.001)).word == "tight"
+    assert judge(need, gpu(need.least)).word == "tight"
+    verdict = judge(need, gpu(need.least - 4096))
+    assert verdict.word == "does not fit"
+    assert verdict.margin == pytest.approx(-4096, abs=2)
+
+
+def test_several_ranks_pay_for_collectives(planner: Callable[..., Planner]):
+    plans = planner(global_batch=8)
+    assert plans.need(plans.setting("ddp", 2)).overhead > CONTEXT_BYTES
+
+
+def test_the_largest_micro_batch_fits_and_twice_as_many_do_not(planner: Callable[..., Planner]):
+    plans = planner(("world_projector",), batch=1, global_batch=64, gradient_checkpointing=False)
+    setting = plans.setting("ddp", 1)
+    largest = plans.largest_micro_batch(setting, gpu(GIB))
+    assert 2 < largest < 64
+    # The straight line is that of live bytes; what the allocator wastes is taken to grow with them.
+    assert plans.need(replace(setting, micro_batch_size=largest)).least <= GIB
+    assert plans.need(replace(setting, micro_batch_size=2 * largest)).usual > GIB
+    assert plans.largest_micro_batch(setting, gpu(20 * GIB)) == 64
+    assert plans.largest_micro_batch(plans.setting("ddp", 1), gpu(CONTEXT_BYTES)) == 0
+
+
+def test_a_micro_batch_is_no_larger_than_a_ranks_share(planner: Callable[..., Planner]):
+    assert planner(batch=4, global_batch=8).setting("ddp", 8).micro_batch_size == 1
+
+
+def test_the_cheapest_change_comes_first(planner: Callable[..., Planner]):
+    plans = planner(("world_projector",), batch=8, gradient_checkpointing=False)
+    setting = plans.setting("ddp", 1)
+    changes = {str(change): change.verdict.need.least for change in plans.changes(setting, gpu(GIB))}
+    names = list(changes)
+    assert names[0] == "training.micro_batch_size=1"
+    assert "training.micro_batch_size=1 training.gradient_checkpointing=true" in names
+    assert changes[names[0]] < plans.need(setting).least
+    found = plans.assess(setting, gpu(plans.need(setting).least - 1))
+    assert str(found.change) == names[0]
+    assert found.change.verdict.word == "fits"
+    assert found.least is None
+
+
+def test_sharding_is_advised_where_there_are_several_gpus(planner: Callable[..., Planner]):
+    plans = planner(EVERYTHING, batch=1, global_batch=8, length=40)
+    setting = plans.setting("ddp", 8)
+    shared = plans.need(plans.setting("fsdp2", 8))
+    found = plans.assess(setting, gpu(1.05 * shared.usual))
+    assert str(found.change) == "--strategy fsdp2"
+
+
+def test_the_least_is_named_where_nothing_fits(planner: Callable[..., Planner]):
+    plans = planner(batch=2)
+    found = plans.assess(plans.setting("ddp", 1), gpu(1000))
+    assert found.verdict.word == "does not fit"
+    assert found.change is None
+    assert found.least is not None
+    assert found.largest_micro_batch == 0
+    assert found.least.verdict.need.usual <= min(
+        change.verdict.need.usual for change in plans.changes(plans.setting("ddp", 1), gpu(1000))
+    )
