@@ -34,6 +34,7 @@ from theworld_train.data import (
     training_batches,
 )
 from theworld_train.model import TheWorld, TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld_train.model.adapters import ADAPTER_SUFFIX
 from theworld_train.model.build import build_on_meta, describe_architecture
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
@@ -46,9 +47,9 @@ from theworld_train.train.checkpoint import (
     restore_random_state,
 )
 from theworld_train.train.freeze import apply_trainable
-from theworld_train.train.groups import build_optimizer
+from theworld_train.train.groups import build_optimizer, optimizer_class
 from theworld_train.train.handoff import Inheritance, inherit
-from theworld_train.train.ledger import build_ledger, check_expectation, trainable_components
+from theworld_train.train.ledger import add_adapters, build_ledger, check_expectation, saved_names, trainable_components
 from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import StageModule
@@ -234,11 +235,14 @@ def load_model(
     base = _base(config.model.base, config.model.revision)
     encoder = _base(world.encoder, world.encoder_revision) if world.enabled else None
     digests = base_digests(model)
+    if trainable:
+        add_adapters(model, config)
     apply_trainable(model, trainable, config.precision, getattr(torch, world.encoder_dtype))
     inheritance = Inheritance()
     if checkpoint is not None:
+        trained = saved_names(config)
         inheritance = inherit(
-            model, checkpoint, base=base, encoder=encoder, digests=digests, resume=resume, trainable=trainable
+            model, checkpoint, base=base, encoder=encoder, digests=digests, resume=resume, trained=trained
         )
         # A stage without a world path hands on what the stages before it have recorded of theirs.
         encoder, digests = encoder or inheritance.encoder, inheritance.digests | digests
@@ -277,6 +281,7 @@ def ledger_of(config: RunConfig) -> ParameterLedger:
     """Returns the ledger of a run from shapes alone."""
     shell = build_on_meta(describe_model(config))
     dtype = getattr(torch, config.model.world.encoder_dtype)
+    add_adapters(shell, config)
     apply_trainable(shell, trainable_components(config), config.precision, dtype)
     return build_ledger(shell, config)
 
@@ -365,6 +370,7 @@ def train(config: RunConfig, console: Console) -> TrainingResult:
         with runtime.agreement():
             inputs = open_inputs(config)
             check_expectation(ledger_of(config), config)
+            optimizer_class(config.optimizer.name)  # answers now if its library is missing
             checkpoint, resume = starting_checkpoint(config)
             _check_output_dir(config)
         runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
@@ -486,8 +492,10 @@ def _saver(
 ) -> Callable[[int, list[dict[str, Any]]], None]:
     """Returns the function that writes a checkpoint; on other ranks it does nothing."""
     writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
-    trained = tuple(sorted(component.value for component in config.trainable))
-    carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in trained}
+    trained = saved_names(config)
+    # An adapter of a component that trains in full now has been merged into it.
+    gone = {*trained, *(f"{name}{ADAPTER_SUFFIX}" for name in trained)}
+    carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in gone}
     projector = Component.WORLD_PROJECTOR.value  # no base holds it, so it is saved even where it has never trained
     has_new_projector = config.model.world.enabled and projector not in (*trained, *carried)
 

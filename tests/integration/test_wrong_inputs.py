@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -322,3 +323,23 @@ def test_tiny_model_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     assert "cannot be written to" in failing("tiny", str(tmp_path / "taken" / "tiny"))
     assert "taken" in failing("tiny", str(tmp_path / "taken"))
+
+
+LORA = ["expect_trainable=null", "trainable={language_model: {adapter: lora}}"]
+
+
+def test_layers_that_no_adapter_fits_are_answered_with_the_nearest_name(weightless: list[str]) -> None:
+    error = error_of([*weightless, *LORA, "trainable.language_model.target_modules=[qproj]"])
+    assert "trainable.language_model.target_modules: names no linear layer of the component (got 'qproj')" in error
+    assert "did you mean 'q_proj'?" in error
+
+
+def test_packages_that_are_not_installed_are_named(weightless: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    error = error_of([*weightless, *LORA])
+    assert "trainable.language_model: needs the package 'peft'" in error
+    assert "pip install 'theworld-train[adapters]'" in error
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    error = error_of([*weightless, "optimizer.name=adamw_8bit"])
+    assert "optimizer.name: needs the package 'bitsandbytes'" in error
+    assert "pip install 'theworld-train[adapters]'" in error

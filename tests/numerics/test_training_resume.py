@@ -23,11 +23,16 @@ SETTINGS: dict[str, Any] = {
     "data__train__samples": 16,
     "evaluation__every_steps": 4,
 }
+ADAPTER: dict[str, Any] = {
+    "trainable": {"world_projector": {"lr": 1e-3}, "language_model": {"lr": 1e-2, "adapter": "lora", "dropout": 0.1}}
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "projection": ("projection", {}),
     "vision": ("vision", {"training__gradient_checkpointing": True}),
     "language-bf16": ("language", {"precision": "bf16"}),
     "full": ("full", {"deterministic": True}),
+    "adapter": ("language", ADAPTER),
+    "adapter-8bit-bf16": ("language", ADAPTER | {"optimizer__name": "adamw_8bit", "precision": "bf16"}),
 }
 
 

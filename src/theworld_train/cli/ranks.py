@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ def offline() -> None:
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[variable] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # diffusers imports bitsandbytes where it is installed, which then asks for kernels that only 4-bit weights need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def is_main_rank() -> bool:

@@ -13,7 +13,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-DecayRate = Annotated[float, Field(ge=0, lt=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
 Name = Annotated[
     str,
@@ -87,6 +87,23 @@ class TrainableComponent(Section):
     """Peak learning rate of this component; `optimizer.lr` if absent."""
     weight_decay: NonNegativeFloat | None = None
     """Weight decay of this component's matrices; `optimizer.weight_decay` if absent."""
+    adapter: Literal["lora"] | None = None
+    """Train a low-rank adapter beside the component's frozen linear layers (`language_model` or `vision_tower`)."""
+    r: PositiveInt | None = None
+    """Rank of the adapter; 16 if absent."""
+    alpha: PositiveFloat | None = None
+    """Scale of the adapter, divided by its rank; 32 if absent."""
+    dropout: BelowOne | None = None
+    """Dropout on the adapter's inputs; 0 if absent."""
+    target_modules: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    """Ends of the names of the linear layers that are adapted, such as q_proj; all of the component's if absent."""
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> TrainableComponent:
+        idle = [name for name in ("r", "alpha", "dropout", "target_modules") if getattr(self, name) is not None]
+        if idle and self.adapter is None:
+            raise ValueError(f"{', '.join(idle)} describe an adapter: set adapter: lora too")
+        return self
 
 
 class JsonlSource(Section):
@@ -179,14 +196,19 @@ class DataSection(Section):
     """Processes per rank that decode and tokenise."""
 
 
+OptimizerName = Literal["adamw", "adamw_8bit"]
+
+
 class OptimizerSection(Section):
     """AdamW."""
 
+    name: OptimizerName = "adamw"
+    """`adamw`: fp32 moments; `adamw_8bit`: blockwise 8-bit moments, of bitsandbytes."""
     lr: PositiveFloat = 1e-4
     """Peak learning rate of components that state none of their own."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of matrices; vectors (norms, biases) and embeddings of positions are never decayed."""
-    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay rates of the two moments."""
     eps: PositiveFloat = 1e-8
     """Term added to the denominator."""
@@ -326,6 +348,12 @@ class RunConfig(Section):
             of_world = [c.value for c in self.trainable if c in (Component.WORLD_ENCODER, Component.WORLD_PROJECTOR)]
             if of_world:
                 raise ValueError(f"{', '.join(of_world)} cannot train while model.world.enabled is false")
+        adaptable = (Component.LANGUAGE_MODEL, Component.VISION_TOWER)
+        for component, entry in self.trainable.items():
+            if entry.adapter and component not in adaptable:
+                raise ValueError(
+                    f"{component.value} takes no adapter, only {' and '.join(adaptable)} do: train it whole"
+                )
         for name, source in (("train", self.data.train), ("eval", self.data.eval)):
             if self.model.world.enabled and (frames := frames_of(source)) > 1 + 4 * self.model.world.max_world_steps:
                 raise ValueError(

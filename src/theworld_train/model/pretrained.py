@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from theworld_train.checkpoint_files import COMPONENTS_FILE, read_record, verify_components
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.model.adapters import ADAPTER_SUFFIX, base_parameters, load_adapter
 from theworld_train.model.components import component_modules
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
@@ -331,6 +332,8 @@ def _refuse_changed_bases(model: TheWorldForConditionalGeneration, directory: Pa
 def load_components(model: TheWorldForConditionalGeneration, directory: Path) -> None:
     """Copies the components that a checkpoint holds into the model, cast to the model's dtypes.
 
+    An adapter goes into the component's own one, or, if it has none, is merged into its weights.
+
     Args:
         model: The model; components that it does not have (the world path, when disabled) are passed over.
         directory: The checkpoint, whose files the caller has verified.
@@ -344,7 +347,7 @@ def load_components(model: TheWorldForConditionalGeneration, directory: Path) ->
         if name not in modules:
             continue
         tensors = load_file(directory / entry["file"])
-        own = dict(modules[name].named_parameters())
+        own = base_parameters(modules[name])
         if tensors.keys() != own.keys():
             different = sorted(tensors.keys() ^ own.keys())[:5]
             raise ConfigError(f"{directory / entry['file']} does not fit the model's {name}: {different}")
@@ -361,3 +364,6 @@ def load_components(model: TheWorldForConditionalGeneration, directory: Path) ->
                         "device_map, or write the whole with save_pretrained"
                     )
                 parameter.copy_(tensors[key])
+    for component, module in modules.items():
+        if entry := record["components"].get(f"{component}{ADAPTER_SUFFIX}"):
+            load_adapter(module, directory / entry["file"])

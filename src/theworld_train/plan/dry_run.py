@@ -28,7 +28,7 @@ from theworld_train.plan.timeline import CUDA_BLOCK, Timeline, spans
 from theworld_train.plan.tracker import LOSS, SEQUENCE, MemoryTracker, Trace
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
-from theworld_train.train.ledger import build_ledger, trainable_components
+from theworld_train.train.ledger import add_adapters, build_ledger, trainable_components
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer
@@ -302,6 +302,7 @@ def dry_run(
     shape = sample_shape(config, architecture, positions, supervised)
     size = config.training.micro_batch_size if micro_batch_size is None else micro_batch_size
     model = build_on_meta(architecture)
+    add_adapters(model, config)
     with ExitStack() as stack:
         stack.enter_context(KnowingFakeMode())
         materialise(model, torch.bfloat16)
@@ -325,7 +326,7 @@ def trace_steps(
 
     Args:
         config: The run config.
-        model: With weights in the dtypes of a checkpoint.
+        model: With weights in the dtypes of a checkpoint, and the config's adapters.
         batches: Micro-batches of each step.
         shape: Shape of their samples.
         steps: Optimizer steps.
@@ -335,9 +336,8 @@ def trace_steps(
     size = len(batches[0].sample_ids)
     training = {"global_batch_size": size * len(batches), "micro_batch_size": size}
     config = config.model_copy(update={"training": config.training.model_copy(update=training)})
-    apply_trainable(
-        model, trainable_components(config), config.precision, getattr(torch, config.model.world.encoder_dtype)
-    )
+    dtype = getattr(torch, config.model.world.encoder_dtype)
+    apply_trainable(model, trainable_components(config), config.precision, dtype)
     stage = build_stage(model, config)
     ledger = build_ledger(model, config)
     units = _units(stage, model)

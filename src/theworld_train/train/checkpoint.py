@@ -10,7 +10,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,11 @@ from theworld_train.checkpoint_files import (
     file_sha256,
 )
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.model.adapters import ADAPTER_SUFFIX, adapter_metadata, adapter_parameters, base_parameters
 from theworld_train.model.components import component_modules
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.model.processing import TheWorldProcessor
+from theworld_train.train.groups import MOMENT_8BIT, SHARED_TABLES, is_8bit, share_tables
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -109,7 +111,7 @@ class CheckpointWriter:
             base: Where the language and vision weights come from.
             encoder: Where the world encoder comes from, if the chain has a world path.
             init_from: Where the run's first weights came from, besides its bases.
-            trained: Components that this run trains.
+            trained: Components, and adapters of components, that this run trains.
             initialised: Components that no base holds and nothing has trained; saved as they are.
             carried: Components whose files are taken over from an earlier stage.
             base_digests: Digest of each component as its base holds it.
@@ -190,14 +192,19 @@ def _removed_on_failure(partial: Path) -> Generator[None]:
 def _write_components(
     directory: Path, model: TheWorldForConditionalGeneration, trainers: dict[str, str | None]
 ) -> dict[str, dict[str, str | None]]:
-    """Writes components of the model, given the run that trained each, and returns their record."""
+    """Writes components and adapters of the model, given the run that trained each, and returns their record."""
     record: dict[str, dict[str, str | None]] = {}
+
+    def save(name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        file = directory / f"{name}.safetensors"
+        _save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file, metadata)
+        record[name] = {"file": file.name, "sha256": file_sha256(file), "trained_by": trainers[name]}
+
     for component, module in component_modules(model).items():
         if component.value in trainers:
-            file = directory / f"{component.value}.safetensors"
-            _save_tensors({name: p.detach().cpu().contiguous() for name, p in module.named_parameters()}, file)
-            trainer = trainers[component.value]
-            record[component.value] = {"file": file.name, "sha256": file_sha256(file), "trained_by": trainer}
+            save(component.value, base_parameters(module))
+        if (adapter := f"{component}{ADAPTER_SUFFIX}") in trainers:
+            save(adapter, adapter_parameters(module), adapter_metadata(module))
     assert record.keys() == trainers.keys(), "a component that the model lacks was to be saved"
     return record
 
@@ -224,9 +231,9 @@ def seal(directory: Path, facts: dict[str, Any]) -> None:
     _sync_directory(directory)
 
 
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file that is readable for others as the umask says; the library makes it private."""
-    save_file(tensors, path)
+    save_file(tensors, path, metadata)
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -264,7 +271,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     for group in optimizer.param_groups:
         for name, parameter in zip(group["parameter_names"], group["params"], strict=True):
             for slot, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}::{slot}"] = value.detach().cpu().contiguous()
+                if slot not in SHARED_TABLES:
+                    # bitsandbytes counts steps in Python.
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int32)
+                    tensors[f"{name}::{slot}"] = tensor.detach().cpu().contiguous()
     return tensors
 
 
@@ -272,9 +282,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Restores what `optimizer_tensors` returned.
 
     Raises:
-        ConfigError: If the state belongs to other parameters.
+        ConfigError: If the state belongs to other parameters, or to another optimizer.
     """
     tensors = load_file(path)
+    slots = {key.split("::")[1] for key in tensors}
+    if slots and (MOMENT_8BIT in slots) is not is_8bit(optimizer):
+        raise ConfigError(f"{path} holds the state of another optimizer; resume needs the same optimizer.name")
     owners = {
         n: p for group in optimizer.param_groups for n, p in zip(group["parameter_names"], group["params"], strict=True)
     }
@@ -288,8 +301,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     for key, tensor in tensors.items():
         name, slot = key.split("::")
         parameter = owners[name]
-        # AdamW keeps its step counter on the CPU.
-        optimizer.state[parameter][slot] = tensor if slot == "step" else tensor.to(parameter.device)
+        # AdamW keeps its step counter on the CPU, and bitsandbytes in Python.
+        if slot == "step":
+            optimizer.state[parameter][slot] = tensor if tensor.is_floating_point() else int(tensor)
+        else:
+            optimizer.state[parameter][slot] = tensor.to(parameter.device)
+    if is_8bit(optimizer):
+        share_tables(optimizer)
 
 
 def random_state() -> dict[str, Any]:

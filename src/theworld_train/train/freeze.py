@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
+from theworld_train.model.adapters import adapted_layers, adapter_parameters, without_gradient
 from theworld_train.model.components import TRAITS, Input, component_modules, component_parameters
 from theworld_train.model.digest import digests
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
@@ -25,6 +26,8 @@ def apply_trainable(
     world_encoder_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Makes exactly the named components trainable, and stores every parameter in its dtype.
+
+    Of a component that has an adapter, the adapter alone trains.
 
     What trains is stored in fp32 (its master weights); under `bf16` what is frozen is stored in bf16, but for the world
     encoder, whose latents shift in bf16. Under `bf16_pure` what trains is stored in bf16 too. Buffers keep their
@@ -43,8 +46,9 @@ def apply_trainable(
     if absent := [component.value for component in trainable if component not in modules]:
         raise ConfigError(f"the model has no {', '.join(absent)}: it was built without a world path")
     for component, module in modules.items():
-        trains = component in trainable
+        factors = {id(parameter) for parameter in adapter_parameters(module).values()}
         for parameter in module.parameters():
+            trains = component in trainable and (not factors or id(parameter) in factors)
             parameter.requires_grad_(trains)
             if precision == "fp32" or (trains and precision == "bf16"):
                 dtype = torch.float32
@@ -73,11 +77,15 @@ def _pin_embedding_scale(model: TheWorldForConditionalGeneration, precision: Pre
 def set_modes(model: TheWorldForConditionalGeneration, trainable: Collection[Component]) -> None:
     """Sets train mode where something trains and eval mode, hence no dropout, where nothing does.
 
-    Transformers checkpoints a layer only while the layer itself is in train mode, so checkpointed layers of a frozen
-    component are in train mode and everything inside of them, where dropout lives, is not.
+    Of a component with an adapter, only the adapted layers are in train mode. Transformers checkpoints a layer only
+    while the layer itself is in train mode, so checkpointed layers of a frozen component are in train mode and
+    everything inside of them, where dropout lives, is not.
     """
     for component, module in component_modules(model).items():
-        module.train(component in trainable)
+        adapted = adapted_layers(module).values()
+        module.train(component in trainable and not adapted)
+        for layer in adapted:
+            layer.train(component in trainable)
         for layer in module.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True
@@ -109,6 +117,8 @@ class FreezingCheck:
         self._model = model
         frozen, trainable = frozen_and_trainable(model)
         self._frozen, self._trainable = digests(frozen), digests(trainable)
+        idle = {key for module in component_modules(model).values() for key in without_gradient(module)}
+        self._without_gradient = {name for name, parameter in trainable.items() if id(parameter) in idle}
         self._pending = {
             component for component, parameters in component_parameters(model).items() if parameters.keys() & trainable
         }
@@ -139,7 +149,7 @@ class FreezingCheck:
         """
         used = {component for component in self._pending if TRAITS[component].input in inputs}
         frozen, trainable = frozen_and_trainable(self._model)
-        exempt = exempt_parameters(self._model, clips_seen=clips_seen)
+        exempt = exempt_parameters(self._model, clips_seen=clips_seen) | self._without_gradient
         after = digests({name: frozen[name] for name in self._frozen})
         changed = [name for name, value in self._frozen.items() if after[name] != value]
         names = {name for component in used for name in component_parameters(self._model)[component]}

@@ -1,16 +1,29 @@
-"""The optimizer: AdamW with a group for each component and decay rule."""
+"""The optimizer: AdamW, in fp32 or 8 bits, with a group for each component and decay rule."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from theworld_train.config.components import Component
-from theworld_train.config.schema import RunConfig
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import OptimizerName, RunConfig
+from theworld_train.model.adapters import INSTALL_HINT
 from theworld_train.model.components import TRAITS, component_parameters
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
+
+#: bitsandbytes' blockwise 8-bit states: numbers to a scale, and the smallest parameter that is kept in them.
+BLOCK_8BIT = 256
+SMALLEST_8BIT = 4096
+#: Its slot of the first moment, and its slots of the tables that all states share, by the tables' names.
+MOMENT_8BIT = "state1"
+SHARED_TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}
+#: What a checkpoint keeps of a parameter's step counter.
+STEP_BYTES = 4
 
 
 def is_decayed(component: Component, name: str, parameter: nn.Parameter) -> bool:
@@ -50,15 +63,73 @@ def parameter_groups(model: TheWorldForConditionalGeneration, config: RunConfig)
     return groups
 
 
-def build_optimizer(model: TheWorldForConditionalGeneration, config: RunConfig) -> torch.optim.AdamW:
-    """Returns AdamW over the trainable parameters."""
+def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
+    """Returns the class of an optimizer.
+
+    Raises:
+        ConfigError: If its library is not installed.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            Problem(
+                f"needs the package 'bitsandbytes', which cannot be imported: {error}",
+                key="optimizer.name",
+                value=name,
+                hint=INSTALL_HINT,
+            )
+        ) from error
+    return AdamW8bit
+
+
+def build_optimizer(model: TheWorldForConditionalGeneration, config: RunConfig) -> torch.optim.Optimizer:
+    """Returns the optimizer over the trainable parameters."""
     section = config.optimizer
-    return torch.optim.AdamW(parameter_groups(model, config), betas=section.betas, eps=section.eps)
+    arguments: dict[str, Any] = {"betas": section.betas, "eps": section.eps}
+    return optimizer_class(section.name)(parameter_groups(model, config), **arguments)
 
 
-def state_bytes(size: int) -> int:
-    """Returns the bytes of AdamW's state of a parameter of so many numbers: two fp32 moments, and a step counter."""
-    return 2 * 4 * size + 4
+def state_bytes(size: int, itemsize: int, name: OptimizerName) -> int:
+    """Returns the bytes of the optimizer's state of a parameter: two moments and a step counter.
+
+    AdamW keeps them in the parameter's dtype. The 8-bit one keeps a byte for each number and an fp32 scale for each
+    block of them, but fp32 for small parameters; two tables of 1 KiB, which all parameters share, are not counted.
+
+    Args:
+        size: Numbers in the parameter.
+        itemsize: Bytes of each.
+        name: The optimizer.
+    """
+    if name == "adamw":
+        return 2 * itemsize * size + STEP_BYTES
+    if size < SMALLEST_8BIT:
+        return 2 * 4 * size + STEP_BYTES
+    return 2 * (size + 4 * math.ceil(size / BLOCK_8BIT)) + STEP_BYTES
+
+
+def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is bitsandbytes' one."""
+    return hasattr(optimizer, "name2qmap")
+
+
+def share_tables(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every 8-bit state the tables that all of them share, which checkpoints do not hold."""
+    tables: dict[str, Tensor] = cast(Any, optimizer).name2qmap
+    for parameter, state in optimizer.state.items():
+        if state[MOMENT_8BIT].dtype == torch.uint8:
+            for slot, table in SHARED_TABLES.items():
+                tables[table] = tables[table].to(parameter.device)
+                state[slot] = tables[table]
+
+
+def has_stepped(state: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's state of a parameter holds a first moment that is not zero."""
+    # In 8 bits a moment is zero where the scale of its block is.
+    moment = next((state[slot] for slot in ("exp_avg", "absmax1", MOMENT_8BIT) if slot in state), None)
+    return moment is not None and bool(moment.any())
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:

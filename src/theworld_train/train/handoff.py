@@ -56,7 +56,7 @@ def inherit(
     encoder: Base | None,
     digests: dict[str, str],
     resume: bool,
-    trainable: tuple[Component, ...],
+    trained: tuple[str, ...],
 ) -> Inheritance:
     """Copies a checkpoint's components into the model and says what came from where.
 
@@ -67,7 +67,7 @@ def inherit(
         encoder: The run's own world encoder, likewise.
         digests: What `base_digests` found in the run's bases.
         resume: Whether the run itself is continued, rather than a new stage begun.
-        trainable: Components that the run trains.
+        trained: Components, and adapters of components, that the run trains.
 
     Raises:
         ConfigError: If the checkpoint is damaged, builds on other bases, or its model has another shape.
@@ -93,7 +93,7 @@ def inherit(
         name: Carried(checkpoint / entry["file"], entry["sha256"], entry["trained_by"])
         for name, entry in record["components"].items()
     }
-    if resume and (missing := [component.value for component in trainable if component.value not in carried]):
+    if resume and (missing := [name for name in trained if name not in carried]):
         raise ConfigError(f"{checkpoint} was saved by a run that does not train {', '.join(missing)}; use init_from")
     return Inheritance(
         source=checkpoint,

@@ -11,7 +11,8 @@ from torch import nn
 from theworld_train.accounting.ledger import LedgerRow, ParameterLedger
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import RunConfig
+from theworld_train.config.schema import OptimizerName, RunConfig
+from theworld_train.model.adapters import ADAPTER_SUFFIX, Adapter, adapter_parameters, add_adapter, base_parameters
 from theworld_train.model.components import component_modules, component_parameters
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.train.groups import parameter_groups, state_bytes
@@ -20,7 +21,13 @@ from theworld_train.train.groups import parameter_groups, state_bytes
 def build_ledger(model: TheWorldForConditionalGeneration, config: RunConfig) -> ParameterLedger:
     """Counts a model that `apply_trainable` has prepared; works on the meta device too."""
     modules = {component.value: module for component, module in component_modules(model).items()}
-    return count_parameters(model, modules, parameter_groups(model, config), masters=config.precision == "bf16")
+    return count_parameters(
+        model,
+        modules,
+        parameter_groups(model, config),
+        masters=config.precision == "bf16",
+        optimizer=config.optimizer.name,
+    )
 
 
 def count_parameters(
@@ -29,6 +36,7 @@ def count_parameters(
     groups: Sequence[Mapping[str, Any]] = (),
     *,
     masters: bool = False,
+    optimizer: OptimizerName = "adamw",
 ) -> ParameterLedger:
     """Counts any model by its components.
 
@@ -37,6 +45,7 @@ def count_parameters(
         components: Modules of the model by name; each parameter has to belong to exactly one of them.
         groups: What an optimizer is given: `params`, `lr` (or `peak_lr`) and `weight_decay`.
         masters: Whether what trains is computed with in another dtype than it is stored in.
+        optimizer: Which optimizer it is.
 
     Raises:
         AssertionError: If a parameter belongs to no component or to two.
@@ -48,23 +57,25 @@ def count_parameters(
     strays = {key: first for key, (first, *_) in names.items()}
     rows = []
     for component, module in components.items():
-        parameters = dict(module.named_parameters())
-        for parameter in parameters.values():
+        for parameter in module.parameters():
             assert strays.pop(id(parameter), None), f"{component} holds a parameter of another component"
-        rows.append(_row(component, parameters, names, group_of, masters=masters))
+        rows.append(_row(component, module, names, group_of, masters=masters, optimizer=optimizer))
     assert not strays, f"parameters without a component: {list(strays.values())}"
     return ParameterLedger(tuple(rows), sum(global_size(parameter) for parameter in model.parameters()))
 
 
 def _row(
     component: str,
-    parameters: Mapping[str, nn.Parameter],
+    module: nn.Module,
     names: Mapping[int, Sequence[str]],
     group_of: Mapping[int, Mapping[str, Any]],
     *,
     masters: bool,
+    optimizer: OptimizerName,
 ) -> LedgerRow:
-    """Counts the parameters of one component, given by their names in it."""
+    """Counts the parameters of one component; the factors of an adapter are one part."""
+    factors = adapter_parameters(module)
+    parameters = base_parameters(module) | factors
     columns: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     dtypes: Counter[str] = Counter()
@@ -72,7 +83,7 @@ def _row(
     for name, parameter in parameters.items():
         size, group = global_size(parameter), group_of.get(id(parameter))
         stored = size * parameter.element_size()
-        parts[name.split(".")[0]] += size
+        parts["adapter" if name in factors else name.split(".")[0]] += size
         dtypes[str(parameter.dtype).removeprefix("torch.")] += size
         columns["total"] += size
         columns["master_bytes" if masters and parameter.requires_grad else "weight_bytes"] += stored
@@ -82,7 +93,7 @@ def _row(
         if group is not None:
             groups.append(group)
             columns["decayed"] += size if group["weight_decay"] else 0
-            columns["optimizer_bytes"] += state_bytes(size)
+            columns["optimizer_bytes"] += state_bytes(size, parameter.element_size(), optimizer)
     return LedgerRow(
         component=component,
         total=columns["total"],
@@ -163,3 +174,30 @@ def check_wrapped(ledger: ParameterLedger, wrapped: nn.Module, model: TheWorldFo
 def trainable_components(config: RunConfig) -> tuple[Component, ...]:
     """Returns the components that a config trains, in the order of the vocabulary."""
     return tuple(component for component in Component if component in config.trainable)
+
+
+def adapters(config: RunConfig) -> dict[Component, Adapter]:
+    """Returns the adapters of a config by component, with defaults where it leaves something open."""
+    result = {}
+    for component, entry in config.trainable.items():
+        if entry.adapter is not None:
+            stated = {name: getattr(entry, name) for name in ("r", "alpha", "dropout", "target_modules")}
+            result[component] = Adapter(**{name: value for name, value in stated.items() if value is not None})
+    return result
+
+
+def add_adapters(model: TheWorldForConditionalGeneration, config: RunConfig) -> None:
+    """Puts the adapters of a config into a model, before `apply_trainable`; works on the meta device too.
+
+    Raises:
+        ConfigError: If an adapter does not fit its component.
+    """
+    modules = component_modules(model)
+    for component, adapter in adapters(config).items():
+        add_adapter(modules[component], adapter, f"trainable.{component}")
+
+
+def saved_names(config: RunConfig) -> tuple[str, ...]:
+    """Returns what a run trains by the names of a checkpoint's record: components, and adapters of components."""
+    names = (f"{component}{ADAPTER_SUFFIX if entry.adapter else ''}" for component, entry in config.trainable.items())
+    return tuple(sorted(names))

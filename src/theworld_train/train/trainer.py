@@ -18,7 +18,7 @@ from theworld_train.model.components import Input
 from theworld_train.train.checkpoint import random_state
 from theworld_train.train.evaluation import EvaluationResult, evaluate
 from theworld_train.train.freeze import FreezingCheck
-from theworld_train.train.groups import set_rates
+from theworld_train.train.groups import has_stepped, set_rates
 from theworld_train.train.ledger import check_wrapped
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.metrics import MetricsFile, ProgressDisplay
@@ -256,12 +256,12 @@ class Trainer:
 
     def _stepped(self) -> set[str]:
         """Returns the names of the parameters whose first moment in the optimizer is not zero."""
-        moments = {
-            name: self._optimizer.state.get(parameter, {}).get("exp_avg")
+        return {
+            name
             for group in self._optimizer.param_groups
             for name, parameter in zip(group["parameter_names"], group["params"], strict=True)
+            if has_stepped(self._optimizer.state.get(parameter, {}))
         }
-        return {name for name, moment in moments.items() if moment is not None and bool(moment.any())}
 
     def _is_due(self, done: int, interval: int | None) -> bool:
         return done == self._max_steps or (interval is not None and done % interval == 0)

@@ -127,6 +127,36 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
             "max_video_frames must be 1 + 4k, as the VAE compresses time by 4, got 4",
             None,
         ),
+        (
+            "trainable: {language_model: {r: 8, alpha: 16}}\nexpect_trainable: 1",
+            "trainable.language_model",
+            "r, alpha describe an adapter: set adapter: lora too",
+            None,
+        ),
+        (
+            "trainable: {world_encoder: {adapter: lora}}\nexpect_trainable: 1",
+            None,
+            "world_encoder takes no adapter, only language_model and vision_tower do: train it whole",
+            None,
+        ),
+        (
+            "trainable: {language_model: {adapter: lora, r: 0}}\nexpect_trainable: 1",
+            "trainable.language_model.r",
+            "expected a whole number > 0, or null",
+            None,
+        ),
+        (
+            "trainable: {language_model: {adapter: lora, dropout: 1}}\nexpect_trainable: 1",
+            "trainable.language_model.dropout",
+            "expected a number from 0 to below 1, or null",
+            None,
+        ),
+        (
+            "optimizer: {name: adam8bit}",
+            "optimizer.name",
+            "expected one of adamw, adamw_8bit",
+            "did you mean 'adamw_8bit'?",
+        ),
         ("training: {epochs: 1}", "training", "exactly one of max_steps and epochs must be set", None),
     ],
 )
@@ -145,7 +175,7 @@ def test_a_contradiction_of_the_whole_run_has_no_key(write, the_problem_of):
 @pytest.mark.parametrize(
     ("text", "key", "hint"),
     [
-        ("optimizer: {learn_rate: 1}", "optimizer.learn_rate", "known: lr, weight_decay, betas, eps"),
+        ("optimizer: {learn_rate: 1}", "optimizer.learn_rate", "known: name, lr, weight_decay, betas, eps"),
         ("optimizer: {weight_decai: 1}", "optimizer.weight_decai", "did you mean 'optimizer.weight_decay'?"),
         ("trainabel: {}", "trainabel", "did you mean 'trainable'?"),
         ("max_steps: 3", "max_steps", "did you mean 'training.max_steps'?"),

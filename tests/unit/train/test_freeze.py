@@ -14,6 +14,7 @@ from theworld_train.batch import Batch
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.model import TheWorld
+from theworld_train.model.adapters import Adapter, adapter_parameters, add_adapter, base_parameters
 from theworld_train.model.components import component_modules, component_parameters
 from theworld_train.train.freeze import (
     FreezingCheck,
@@ -164,6 +165,66 @@ def test_dropout_is_off_in_frozen_parts_and_on_in_what_trains(
 
 def loss_of(stage: StageModule, batch: Batch) -> float:
     return float(stage(batch, stage.encode(batch), 1).loss_sum.detach())
+
+
+# -- adapters ---------------------------------------------------------------------------------------------------------
+
+LANGUAGE = Component.LANGUAGE_MODEL
+
+
+def adapted(tiny: TinyCheckpoint) -> TheWorld:
+    model = tiny.theworld()
+    add_adapter(component_modules(model)[LANGUAGE], Adapter(r=4, dropout=0.5))
+    return model
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_of_a_component_with_an_adapter_the_adapter_alone_trains(tiny: TinyCheckpoint, precision: Precision):
+    model = adapted(tiny)
+    apply_trainable(model, [LANGUAGE, Component.WORLD_PROJECTOR], precision)
+    module = component_modules(model)[LANGUAGE]
+    for name, parameter in base_parameters(module).items():
+        assert not parameter.requires_grad, name
+        assert parameter.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16), name
+    assert adapter_parameters(module)
+    for name, parameter in adapter_parameters(module).items():
+        assert parameter.requires_grad, name
+        assert parameter.dtype == torch.float32, name
+    assert all(parameter.requires_grad for parameter in model.world_projector.parameters())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_dropout_is_on_in_an_adapter_and_off_beside_it(tiny: TinyCheckpoint, make_batch: Batches):
+    model = adapted(tiny)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    apply_trainable(model, [LANGUAGE], "fp32")
+    stage = StageModule(model, [LANGUAGE], precision="fp32", chunk_size=1024, gradient_checkpointing=False)
+    stage.set_training_modes()
+    batch = make_batch([user(image(1), "Which digit is it?"), assistant("5")])
+    assert len({loss_of(stage, batch) for _ in range(3)}) == 1, "what is dropped of a new adapter is zero"
+    with torch.no_grad():
+        for parameter in adapter_parameters(component_modules(model)[LANGUAGE]).values():
+            parameter.fill_(0.01)
+    assert len({loss_of(stage, batch) for _ in range(3)}) == 3
+    set_modes(model, [])
+    assert len({loss_of(stage, batch) for _ in range(3)}) == 1
+
+
+def test_first_factors_may_stay_only_while_the_second_ones_are_zero(tiny: TinyCheckpoint):
+    model = adapted(tiny)
+    apply_trainable(model, [LANGUAGE], "bf16")
+    firsts = {name for name in frozen_and_trainable(model)[1] if ".lora_A." in name}
+    check = FreezingCheck(model)
+    with pytest.raises(ConfigError, match=r"did not move: .*lora_B\.default\.weight.* and 20 more"):
+        check.verify(clips_seen=True)
+    nudge({name: value for name, value in frozen_and_trainable(model)[1].items() if name not in firsts})
+    check.verify(clips_seen=True)
+    check = FreezingCheck(model)  # of a run that goes on: the second factors are no longer zero
+    nudge({name: value for name, value in frozen_and_trainable(model)[1].items() if name not in firsts})
+    with pytest.raises(ConfigError, match=r"did not move: .*lora_A\.default\.weight.* and 20 more"):
+        check.verify(clips_seen=True)
 
 
 # -- the scale of token embeddings ------------------------------------------------------------------------------------

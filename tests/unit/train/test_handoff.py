@@ -65,7 +65,7 @@ def take(
         encoder=encoder,
         digests=digests,
         resume=resume,
-        trainable=tuple(trainable),
+        trained=tuple(trainable),
     )
 
 
@@ -179,7 +179,7 @@ def test_other_revision_is_refused(tiny: TinyCheckpoint, checkpoint: Path):
             encoder=Base(tiny.cosmos, None),
             digests=base_digests(model),
             resume=False,
-            trainable=(PROJECTOR,),
+            trained=(PROJECTOR,),
         )
 
 
@@ -195,7 +195,7 @@ def test_base_whose_weights_have_changed_is_refused(tiny: TinyCheckpoint, checkp
             encoder=Base(tiny.cosmos, None),
             digests=base_digests(model),
             resume=False,
-            trainable=(PROJECTOR,),
+            trained=(PROJECTOR,),
         )
 
 
@@ -231,7 +231,7 @@ def test_damaged_checkpoint_is_refused_before_anything_is_taken(tiny: TinyCheckp
             encoder=Base(tiny.cosmos, None),
             digests=base_digests(model),
             resume=False,
-            trainable=(PROJECTOR,),
+            trained=(PROJECTOR,),
         )
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 

@@ -18,20 +18,26 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.accounting.ledger import LedgerRow, ParameterLedger, lines
+from theworld_train.assemble import ledger_of
 from theworld_train.config import load_run_config
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
-from theworld_train.model.build import build_on_meta, gemma_4b_config
+from theworld_train.model.adapters import Adapter
+from theworld_train.model.build import gemma_4b_config
 from theworld_train.model.components import component_parameters
+from theworld_train.train.checkpoint import optimizer_tensors
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer, parameter_groups
 from theworld_train.train.ledger import (
+    adapters,
+    add_adapters,
     build_ledger,
     check_expectation,
     check_wrapped,
     count_parameters,
     global_size,
+    saved_names,
     trainable_components,
 )
 
@@ -63,20 +69,68 @@ def test_rows_add_up_to_the_model(tiny: TinyCheckpoint, run_config: Config, prec
             assert row.dtypes == {"float32" if in_fp32 else "bfloat16": row.total}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "bf16_pure"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 def test_optimizer_bytes_are_those_of_its_state(
-    tiny: TinyCheckpoint, run_config: Config, trainable: tuple[Component, ...]
+    tiny: TinyCheckpoint, run_config: Config, trainable: tuple[Component, ...], name: str, precision: Any
 ):
-    model, config = tiny.theworld(), run_config(*trainable)
-    apply_trainable(model, trainable, "fp32")
+    model, config = tiny.theworld(), run_config(*trainable, optimizer={"name": name}, precision=precision)
+    apply_trainable(model, trainable, precision)
     optimizer = build_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     optimizer.step()
-    owners = {id(p): c.value for c, group in component_parameters(model).items() for p in group.values()}
+    owners = {name: c.value for c, group in component_parameters(model).items() for name in group}
     held = dict.fromkeys((component.value for component in Component), 0)
-    for parameter, state in optimizer.state.items():
-        held[owners[id(parameter)]] += sum(value.numel() * value.element_size() for value in state.values())
+    kept = optimizer_tensors(optimizer)
+    for key, tensor in kept.items():
+        held[owners[key.split("::")[0]]] += tensor.numel() * tensor.element_size()
     assert {row.component: row.optimizer_bytes for row in build_ledger(model, config).rows} == held
+    if name == "adamw_8bit":
+        assert {tensor.dtype for key, tensor in kept.items() if key.endswith("::state1")} == {
+            torch.uint8,
+            torch.float32,
+        }
+
+
+def test_an_adapter_is_a_part_of_its_component(tiny: TinyCheckpoint, run_config: Config):
+    plain = build_ledger(tiny.theworld(), run_config())
+    config = run_config(
+        trainable={"language_model": {"adapter": "lora", "r": 2, "lr": 0.1}, "world_projector": {}}, precision="bf16"
+    )
+    model = tiny.theworld()
+    add_adapters(model, config)
+    apply_trainable(model, trainable_components(config), config.precision)
+    ledger = build_ledger(model, config)
+    _, _, before, _, _ = plain.rows
+    _, _, row, _, _ = ledger.rows
+    factors = row.parts["adapter"]
+    assert factors == 2 * sum(
+        sum(layer.weight.shape)
+        for layer in tiny.theworld().model.language_model.modules()
+        if isinstance(layer, nn.Linear)
+    )
+    assert (row.total, row.trainable) == (before.total + factors, factors)
+    assert row.parts == {**before.parts, "adapter": factors}
+    assert row.dtypes == {"bfloat16": before.total, "float32": factors}
+    assert row.dtype == "bfloat16+float32"
+    assert (row.weight_bytes, row.master_bytes, row.gradient_bytes) == (2 * before.total, 4 * factors, 4 * factors)
+    assert row.ties == before.ties
+    assert row.lr == 0.1
+    assert ledger.total == plain.total + factors
+    check_expectation(ledger, config.model_copy(update={"expect_trainable": factors + 12_000}))
+
+
+def test_adapters_have_the_configs_shape_or_the_defaults(run_config: Config):
+    stated = {"adapter": "lora", "r": 3, "alpha": 1.5, "dropout": 0.25, "target_modules": ["q_proj", "v_proj"]}
+    config = run_config(
+        trainable={"language_model": stated, "vision_tower": {"adapter": "lora"}, "world_projector": {}}
+    )
+    assert adapters(config) == {
+        Component.LANGUAGE_MODEL: Adapter(3, 1.5, 0.25, ("q_proj", "v_proj")),
+        Component.VISION_TOWER: Adapter(16, 32.0, 0.0, None),
+    }
+    assert saved_names(config) == ("language_model.adapter", "vision_tower.adapter", "world_projector")
 
 
 def test_tied_head_counts_once_and_is_named(tiny: TinyCheckpoint, run_config: Config):
@@ -269,23 +323,27 @@ def test_the_predecessors_profile_trained_the_projection_alone():
     assert (ledger.total, ledger.trainable) == (4_433_415_523, 6_599_680)
 
 
-@pytest.mark.parametrize("stage", ["projection", "vision", "language", "full"])
-def test_shipped_stages_expect_what_the_full_size_model_has(stage: str):
-    config = load_run_config(SHIPPED / f"{stage}.yaml")
-    world = config.model.world
-    model = build_on_meta(
-        gemma_4b_config(
-            world_projection=world.projection, world_resolution=world.resolution, max_world_steps=world.max_world_steps
-        )
-    )
-    apply_trainable(model, trainable_components(config), config.precision)
-    ledger = build_ledger(model, config)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_stages_expect_what_the_full_size_model_has(path: Path):
+    config = load_run_config(path)
     assert config.expect_trainable is not None
+    ledger = ledger_of(config)
     check_expectation(ledger, config)
     vision, projector, language, encoder, _ = ledger.rows
-    assert vision.total + projector.total + language.total == 4_300_079_472
+    base = language.total - language.parts.get("adapter", 0)
+    assert vision.total + projector.total + base == 4_300_079_472
     assert vision.total == 416_866_032
     assert encoder.total == 53_595_872 + 32 * 32 + 32  # the encoder, and the quant conv behind it
+
+
+def test_the_24_gb_stage_trains_two_factors_for_each_linear_layer():
+    config = load_run_config(SHIPPED / "language-24gb.yaml")
+    _, _, row, _, _ = ledger_of(config).rows
+    shapes = [(2560, 2048), (2560, 1024), (2560, 1024), (2048, 2560), (2560, 10240), (2560, 10240), (10240, 2560)]
+    assert row.trainable == 34 * 16 * sum(wide + narrow for wide, narrow in shapes) == 29_802_496
+    assert config.optimizer.name == "adamw_8bit"
+    # A byte for each number of the two moments, and 4 for each 256: all factors have more than 4,096 numbers.
+    assert row.optimizer_bytes == 2 * row.trainable * 260 // 256 + 4 * 34 * 7 * 2
 
 
 def test_lines_show_each_component_with_rate_and_dtype(tiny: TinyCheckpoint, run_config: Config):
