@@ -8,9 +8,10 @@ import pytest
 
 from tests.helpers.planned import EVERYTHING, architecture, real_model, run_config
 from tests.helpers.sharded import fsdp2_peak
-from theworld_train.config import load_run_config
+from theworld_train.config import load_run_config, parse_run_config
 from theworld_train.plan.dry_run import dry_run, sample_shape, synthetic_batch, trace_steps
 from theworld_train.plan.strategies import STRATEGIES, rank_timeline
+from theworld_train.train.ledger import add_adapters, build_ledger
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 2**30
@@ -47,6 +48,23 @@ def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpoi
         assert first.total == pytest.approx(second.total, rel=0.01)
         assert first.by_category() == pytest.approx(second.by_category(), rel=0.02, abs=4096)
         assert (first.phase, first.op, first.module) == (second.phase, second.op, second.module)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_step_of_an_adapter_takes_what_was_planned(name: str):
+    stated = run_config(LANGUAGE).model_dump(mode="json")
+    stated |= {"trainable": {"language_model": {"adapter": "lora"}, "world_projector": {}}, "optimizer": {"name": name}}
+    config, model = parse_run_config(stated), architecture()
+    planned = dry_run(config, device="cpu", architecture=model)
+    shape = sample_shape(config, model)
+    adapted = real_model(model)
+    add_adapters(adapted, config)
+    real = trace_steps(config, adapted, (synthetic_batch(model, shape, 2),), shape, steps=2, device="cpu")
+    first, second = planned.timeline().peak(1), real.timeline().peak(1)
+    assert first.total == pytest.approx(second.total, rel=0.01)
+    assert first.by_category() == pytest.approx(second.by_category(), rel=0.02, abs=4096)
+    ledger = build_ledger(adapted, config)
+    assert second.by_category()["optimizer"] == pytest.approx(sum(row.optimizer_bytes for row in ledger.rows), rel=0.02)
 
 
 def test_gradients_of_earlier_micro_batches_are_counted():
