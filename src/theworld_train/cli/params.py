@@ -12,6 +12,8 @@ import typer
 from theworld_train.cli.arguments import split_overrides
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from theworld_train.accounting.ledger import LedgerRow, ParameterLedger
     from theworld_train.config import RunConfig
     from theworld_train.config.errors import Problem
@@ -53,7 +55,6 @@ def params(
         raise ConfigError(f"--diff compares two runs, got {len(paths)}")
     offline()
     from theworld_train.assemble import ledger_of
-    from theworld_train.cli.tables import output
     from theworld_train.hub import required_repositories
 
     ledgers: dict[str, ParameterLedger] = {}
@@ -73,7 +74,7 @@ def params(
     elif not rows:
         typer.echo("no difference")
     else:
-        output().print(_table(header, rows))
+        _print(_table(header, rows))
 
 
 def _config_of(path: str, overrides: Sequence[str]) -> RunConfig:
@@ -182,13 +183,24 @@ def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> object:
+def _print(table: Table) -> None:
+    """Prints a table; in a log it is as wide as it needs to be, as not a digit may be lost."""
+    from theworld_train.cli.tables import output
+
+    console = output()
+    if not console.is_terminal:
+        unbound = console.options.update(width=10_000)
+        console.width = max(console.width, console.measure(table, options=unbound).maximum)
+    console.print(table)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+        table.add_column(name, justify="right" if index else "left", no_wrap=index == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

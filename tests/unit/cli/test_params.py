@@ -81,6 +81,14 @@ def test_the_table_has_a_column_for_each_run(call: Call):
     _, plain, _ = call("params", *PATHS)
     lines = {" ".join(line.split()) for line in plain.splitlines()}
     assert "total 4,360,304,240 6,627,840 426,444,144 3,886,891,008 4,360,304,240" in lines
+
+
+def test_a_table_of_many_runs_loses_no_digit(call: Call):
+    _, plain, _ = call("params", *PATHS, str(CONFIGS / "stages" / "language-24gb.yaml"), *PATHS)
+    lines = {" ".join(line.split()) for line in plain.splitlines()}
+    first = "6,627,840 426,444,144 3,886,891,008 4,360,304,240 36,430,336"
+    assert any(line.startswith(f"total 4,360,304,240 / 4,390,106,736 {first}") for line in lines)
+    assert "adapter 29,802,496" in lines
     assert "…" not in plain
 
 
