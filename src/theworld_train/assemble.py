@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,13 @@ from theworld_train.train.checkpoint import (
     OPTIMIZER_FILE,
     Base,
     CheckpointWriter,
+    Snapshot,
     load_optimizer,
     restore_random_state,
+    take_snapshot,
+    trained_parameters,
 )
+from theworld_train.train.engine import Engine
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer, optimizer_class
 from theworld_train.train.handoff import Inheritance, inherit
@@ -394,10 +398,10 @@ def _train(
     model, inheritance = loaded.model, loaded.inheritance
     stage = build_stage(model, config)
     move(model, runtime.device)
-    optimizer = build_optimizer(model, config)
+    engine = runtime.engine(stage, lambda: build_optimizer(model, config), config)
     if resume and inheritance.source is not None:
         with runtime.agreement():
-            _restore(optimizer, inheritance, runtime)
+            _restore(engine, model, inheritance, runtime)
     directory = Path(config.output_dir)
     metrics = progress = None
     if runtime.is_main:
@@ -413,12 +417,12 @@ def _train(
         ledger=ledger,
         runtime=runtime,
         stage=stage,
-        optimizer=optimizer,
+        engine=engine,
         max_steps=steps,
         first_step=inheritance.step,
         windows=lambda start, number: _windows(config, inputs, collator, order, runtime, start, number),
         held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, collator, runtime),
-        save=_saver(config, inputs, loaded, optimizer, ledger, runtime),
+        save=RunSaver(config, inputs, loaded, ledger),
         metrics=metrics,
         progress=progress,
     )
@@ -434,9 +438,11 @@ def _train(
     return result
 
 
-def _restore(optimizer: torch.optim.Optimizer, inheritance: Inheritance, runtime: Runtime) -> None:
+def _restore(
+    engine: Engine, model: TheWorldForConditionalGeneration, inheritance: Inheritance, runtime: Runtime
+) -> None:
     assert inheritance.source is not None
-    load_optimizer(optimizer, inheritance.source / OPTIMIZER_FILE)
+    load_optimizer(engine, trained_parameters(model), inheritance.source / OPTIMIZER_FILE)
     if runtime.rank < len(inheritance.rng):
         restore_random_state(inheritance.rng[runtime.rank])
 
@@ -482,48 +488,48 @@ def held_out_batches(
     )
 
 
-def _saver(
-    config: RunConfig,
-    inputs: Inputs,
-    loaded: LoadedModel,
-    optimizer: torch.optim.Optimizer,
-    ledger: ParameterLedger,
-    runtime: Runtime,
-) -> Callable[[int, list[dict[str, Any]]], None]:
-    """Returns the function that writes a checkpoint; on other ranks it does nothing."""
-    writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
-    trained = saved_names(config)
-    # An adapter of a component that trains in full now has been merged into it.
-    gone = {*trained, *(f"{name}{ADAPTER_SUFFIX}" for name in trained)}
-    carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in gone}
-    projector = Component.WORLD_PROJECTOR.value  # no base holds it, so it is saved even where it has never trained
-    has_new_projector = config.model.world.enabled and projector not in (*trained, *carried)
+class RunSaver:
+    """Writes the checkpoints of a run; see `Saver`."""
 
-    def save(step: int, rng: list[dict[str, Any]]) -> None:
-        if not runtime.is_main:
-            return
-        path = writer.write(
+    def __init__(self, config: RunConfig, inputs: Inputs, loaded: LoadedModel, ledger: ParameterLedger) -> None:
+        """Args: config: of the run. inputs: with its processor. loaded: its model. ledger: its parameters."""
+        self._config, self._inputs, self._loaded, self._ledger = config, inputs, loaded, ledger
+        self._writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
+        self._trained = saved_names(config)
+        # An adapter of a component that trains in full now has been merged into it.
+        gone = {*self._trained, *(f"{name}{ADAPTER_SUFFIX}" for name in self._trained)}
+        inherited = loaded.inheritance.components
+        self._carried = {name: entry for name, entry in inherited.items() if name not in gone}
+        # No base holds a projector, so it is saved even where it has never trained.
+        projector = Component.WORLD_PROJECTOR.value
+        is_new = config.model.world.enabled and projector not in (*self._trained, *self._carried)
+        self._initialised = (projector,) if is_new else ()
+
+    def collect(self, engine: Engine, *, keep: bool) -> Snapshot:
+        """See `Saver`."""
+        return take_snapshot(self._loaded.model, engine, (*self._trained, *self._initialised), keep=keep)
+
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+        """See `Saver`."""
+        path = self._writer.write(
             step,
-            model=loaded.model,
-            processor=inputs.processor,
-            optimizer=optimizer,
-            config_yaml=dump_config(config),
-            run_name=config.name,
-            base=loaded.base,
-            encoder=loaded.encoder,
-            init_from=loaded.inheritance.origin,
-            trained=trained,
-            initialised=(projector,) if has_new_projector else (),
-            carried=carried,
-            base_digests=loaded.digests,
-            ledger=ledger.to_dict(),
+            snapshot=snapshot,
+            model=self._loaded.model,
+            processor=self._inputs.processor,
+            config_yaml=dump_config(self._config),
+            run_name=self._config.name,
+            base=self._loaded.base,
+            encoder=self._loaded.encoder,
+            init_from=self._loaded.inheritance.origin,
+            trained=self._trained,
+            initialised=self._initialised,
+            carried=self._carried,
+            base_digests=self._loaded.digests,
+            ledger=self._ledger.to_dict(),
             rng=rng,
         )
         # The next checkpoint carries the files on from this one: the one that they came from may be gone by then.
-        for name, entry in carried.items():
-            carried[name] = replace(entry, path=path / entry.path.name)
-
-    return save
+        self._carried = {name: replace(entry, path=path / entry.path.name) for name, entry in self._carried.items()}
 
 
 def _check_output_dir(config: RunConfig) -> None:

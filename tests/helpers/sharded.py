@@ -97,9 +97,9 @@ def _peak(config: RunConfig, architecture: TheWorldConfig, ranks: int, device: p
         trainer = Trainer(
             config=config,
             ledger=ledger,
-            runtime=ShardedRuntime(tracker),
+            runtime=ShardedRuntime(),
             stage=stage,
-            optimizer=optimizer,
+            engine=planned.PlannedEngine(stage, optimizer, tracker),
             max_steps=2,
             first_step=0,
             windows=None,

@@ -25,6 +25,7 @@ from theworld_train.data.moving_digits import WORDS, MovingDigits
 from theworld_train.model import TheWorld
 from theworld_train.model.build import write_tiny
 from theworld_train.pipeline.tiny import build_tiny
+from theworld_train.train.engine import ReplicatedEngine
 from theworld_train.train.groups import build_optimizer
 from theworld_train.train.ledger import build_ledger, trainable_components
 from theworld_train.train.metrics import read_metrics
@@ -252,12 +253,12 @@ def assembled() -> Iterator[Callable[[RunConfig], Parts]]:
             ledger=build_ledger(model, config),
             runtime=runtimes[-1],
             stage=stage,
-            optimizer=build_optimizer(model, config),
+            engine=ReplicatedEngine(stage, lambda: build_optimizer(model, config)),
             max_steps=config.training.max_steps,
             first_step=0,
             windows=lambda *_: iter(()),
             held_out=None,
-            save=lambda *_: None,
+            save=None,
             metrics=None,
             progress=None,
         )

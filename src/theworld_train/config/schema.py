@@ -293,10 +293,25 @@ class TrackingSection(Section):
 class RuntimeSection(Section):
     """The process group."""
 
-    strategy: Literal["ddp"] = "ddp"
-    """How ranks share the work."""
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    """What ranks divide among them: nothing (`ddp`), the optimizer state (`zero1`), gradients too (`zero2`), or weights
+    too (`zero3`, `fsdp2`). A single process holds everything, whatever is said here."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in host memory between uses: the optimizer's state (ZeRO), or weights too (zero3, fsdp2)."""
+    hybrid: bool = False
+    """Under fsdp2, shard within a node and replicate over nodes."""
     timeout_s: PositiveInt = 600
     """Seconds after which a collective that does not return ends the run."""
+
+    @model_validator(mode="after")
+    def _check_strategy(self) -> RuntimeSection:
+        able = {"none": ("ddp", "zero1", "zero2", "zero3", "fsdp2"), "optimizer": ("zero1", "zero2", "zero3")}
+        able["all"] = ("zero3", "fsdp2")
+        if self.strategy not in able[self.offload]:
+            raise ValueError(f"offload: {self.offload} needs strategy {' or '.join(able[self.offload])}")
+        if self.hybrid and self.strategy != "fsdp2":
+            raise ValueError("hybrid sharding needs strategy fsdp2")
+        return self
 
 
 class RunConfig(Section):
@@ -344,6 +359,8 @@ class RunConfig(Section):
     def _check_run(self) -> RunConfig:
         if not self.trainable:
             raise ValueError("the trainable table is empty: name at least one component, such as world_projector")
+        if self.optimizer.name == "adamw_8bit" and self.runtime.strategy != "ddp":
+            raise ValueError("optimizer.name adamw_8bit needs runtime.strategy ddp: its states cannot be sharded")
         if not self.model.world.enabled:
             of_world = [c.value for c in self.trainable if c in (Component.WORLD_ENCODER, Component.WORLD_PROJECTOR)]
             if of_world:

@@ -23,8 +23,7 @@ from theworld_train.assemble import (
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import Ablation, RunConfig
 from theworld_train.data import Collator, EvaluationBatch
-from theworld_train.train.evaluation import EvaluationResult, EvaluationTally, score
-from theworld_train.train.loss import num_chunks
+from theworld_train.train.evaluation import EvaluationResult, EvaluationTally, in_step, score
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import Features, StageModule
 
@@ -99,9 +98,9 @@ def _encoded(
     config: RunConfig, inputs: EvaluationInputs, stage: StageModule, runtime: Runtime
 ) -> Generator[tuple[EvaluationBatch, Features, int], None, None]:
     collator = Collator(inputs.processor, inputs.max_length)
-    for item in held_out_batches(config, inputs, collator, runtime):
+    for item, chunks in in_step(held_out_batches(config, inputs, collator, runtime), stage.chunk_size, runtime):
         moved = replace(item, batch=item.batch.to(runtime.device))
-        yield moved, stage.encode(moved.batch), num_chunks(moved.batch.num_supervised, stage.chunk_size)
+        yield moved, stage.encode(moved.batch), chunks
 
 
 @contextmanager

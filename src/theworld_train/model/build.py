@@ -238,7 +238,7 @@ def write_tiny(directory: Path, words: Sequence[str], clips: Tensor, seed: int =
 @torch.no_grad()
 def _latent_statistics(encoder: WorldEncoder, clips: Tensor) -> tuple[list[float], list[float]]:
     """Returns mean and standard deviation of each latent channel before normalisation."""
-    mode = encoder.denormalise(encoder(clips)).transpose(0, 1).flatten(1)
+    mode = encoder.denormalise(encoder.encode(clips)).transpose(0, 1).flatten(1)
     return mode.mean(1).tolist(), mode.std(1).clamp_min(1e-6).tolist()
 
 

@@ -76,7 +76,8 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         Returns:
             Normalised latents `(latent frames of all blocks, channels, height / 8, width / 8)`.
         """
-        return self.world_encoder.encode_blocks(world_frames, world_frame_counts)[0]
+        latents: Tensor = self.world_encoder(world_frames, world_frame_counts)[0]
+        return latents
 
     # -- embedding --------------------------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             input_ids: `(batch, sequence)`.
             image_features: Output of the multi-modal projector, `(images, tokens, hidden)`, all images in order.
             world_latents: Output of `encode_world`, all world blocks of the batch in order.
-            latent_counts: Latent frames of each world block.
+            latent_counts: Latent frames of each world block; none if the latents are there for their graph alone.
 
         Returns:
             `(batch, sequence, hidden)` in the embedding's dtype.
@@ -105,11 +106,11 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         if image_features is not None:
             embeds = _scatter(embeds, input_ids == self.config.image_token_id, image_features, "image")
         if world_latents is not None:
-            features = self.world_projector(world_latents, latent_counts)
+            features, brackets = self.world_projector(world_latents, latent_counts or (1,))
+            features = features[: sum(latent_counts)]
             embeds = _scatter(embeds, input_ids == self.config.world_token_id, features, "world")
-            brackets = self.world_projector.brackets().to(embeds.dtype)
             for index, token in enumerate((self.config.start_of_world_token_id, self.config.end_of_world_token_id)):
-                embeds = torch.where((input_ids == token).unsqueeze(-1), brackets[index], embeds)
+                embeds = torch.where((input_ids == token).unsqueeze(-1), brackets[index].to(embeds.dtype), embeds)
         return embeds
 
     def forward(
@@ -164,7 +165,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             if world_frames is not None:
                 assert world_frame_counts is not None, "world_frames need world_frame_counts"
                 counts = tuple(int(count) for count in world_frame_counts)
-                latents, latent_counts = self.world_encoder.encode_blocks(world_frames, counts)
+                latents, latent_counts = self.world_encoder(world_frames, counts)
             self._check_placeholders(input_ids, image_features, latents)
             if token_type_ids is None and image_features is not None:
                 token_type_ids = (input_ids == self.config.image_token_id).long()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanEncoder3d
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from theworld_train.accounting.tokens import TEMPORAL_COMPRESSION, latent_frames
 from theworld_train.config.errors import ConfigError, Problem
@@ -96,10 +97,12 @@ class WorldEncoder(nn.Module):
         self.quant_conv = WanCausalConv3d(2 * z_dim, 2 * z_dim, 1)
         self._latents_mean = tuple(float(value) for value in config["latents_mean"])
         self._latents_std = tuple(float(value) for value in config["latents_std"])
+        #: Whether activations are recomputed in the backward pass.
+        self.gradient_checkpointing = False
         self._cached_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Encodes clips.
+    def encode(self, frames: Tensor) -> Tensor:
+        """Encodes clips of one length.
 
         Args:
             frames: `(clips, 3, 1 + 4k, height, width)` in [-1, 1].
@@ -141,8 +144,8 @@ class WorldEncoder(nn.Module):
     def _statistic(self, values: tuple[float, ...], like: Tensor) -> Tensor:
         return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
 
-    def encode_blocks(self, frames: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-        """Encodes world blocks of several lengths, each length in one call.
+    def forward(self, frames: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """Encodes world blocks of several lengths: one call for a batch, whatever it holds, so that ranks stay in step.
 
         Args:
             frames: `(sum(counts), 3, height, width)` in [-1, 1], the blocks one after the other.
@@ -152,11 +155,26 @@ class WorldEncoder(nn.Module):
             Latents `(latent frames of all blocks, channels, height / 8, width / 8)` in the order of the blocks, and the
             latent frames of each block.
         """
+        if self.gradient_checkpointing and torch.is_grad_enabled() and self.quant_conv.weight.requires_grad:
+            # As a whole: inside, the causal convolutions hand their caches from chunk to chunk.
+            latents = checkpoint(self._encode_blocks, frames, counts, use_reentrant=False)
+        else:
+            latents = self._encode_blocks(frames, counts)
+        return self._touch(latents, max(counts)), tuple(latent_frames(count) for count in counts)
+
+    def _encode_blocks(self, frames: Tensor, counts: tuple[int, ...]) -> Tensor:
         blocks = frames.split(list(counts))
         latents: list[Tensor] = [frames] * len(blocks)
         for length in sorted(set(counts)):
             members = [index for index, count in enumerate(counts) if count == length]
-            encoded = self(torch.stack([blocks[index] for index in members]).transpose(1, 2))
+            encoded = self.encode(torch.stack([blocks[index] for index in members]).transpose(1, 2))
             for index, latent in zip(members, encoded.transpose(1, 2), strict=True):
                 latents[index] = latent
-        return torch.cat(latents), tuple(latent_frames(count) for count in counts)
+        return torch.cat(latents)
+
+    def _touch(self, latents: Tensor, longest: int) -> Tensor:
+        """Gives the convolutions over time, which single frames never reach, a gradient of zero instead of none."""
+        if longest > 1 or not torch.is_grad_enabled():
+            return latents
+        idle = [p for name, p in self.encoder.named_parameters() if ".time_conv." in name and p.requires_grad]
+        return latents + torch.stack([p.sum() * 0.0 for p in idle]).sum() if idle else latents

@@ -44,7 +44,7 @@ class WorldProjector(nn.Module):
         nn.init.normal_(self.temporal, std=0.1)
         nn.init.normal_(self.boundary, std=1.0)
 
-    def forward(self, latents: Tensor, counts: tuple[int, ...]) -> Tensor:
+    def forward(self, latents: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Projects the latent frames of world blocks, each of which ends in the present.
 
         Args:
@@ -52,7 +52,7 @@ class WorldProjector(nn.Module):
             counts: Latent frames of each block.
 
         Returns:
-            Embeddings `(frames, tokens, hidden)`.
+            Embeddings `(frames, tokens, hidden)`, and those of the tokens that open and close a block, `(2, hidden)`.
 
         Raises:
             ValueError: If a block reaches further back than the temporal embedding.
@@ -70,9 +70,4 @@ class WorldProjector(nn.Module):
         normed = projected * torch.rsqrt(projected.pow(2).mean(-1, keepdim=True) + 1e-6)
         index = [self.max_world_steps + 1 - count + frame for count in counts for frame in range(count)]
         temporal = self.temporal[torch.tensor(index, device=latents.device)].unsqueeze(1)
-        embeddings: Tensor = (normed + temporal) * self.scale
-        return embeddings
-
-    def brackets(self) -> Tensor:
-        """Returns the embeddings `(2, hidden)` of the tokens that open and close a world block."""
-        return self.boundary * self.scale
+        return (normed + temporal) * self.scale, self.boundary * self.scale

@@ -26,6 +26,7 @@ from theworld_train.plan.cuda import cuda_semantics
 from theworld_train.plan.known_values import KnowingFakeMode
 from theworld_train.plan.timeline import CUDA_BLOCK, Timeline, spans
 from theworld_train.plan.tracker import LOSS, SEQUENCE, MemoryTracker, Trace
+from theworld_train.train.engine import ReplicatedEngine
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
 from theworld_train.train.ledger import add_adapters, build_ledger, trainable_components
@@ -221,22 +222,29 @@ def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch: 
 
 
 class PlannedRuntime(Runtime):
-    """A process group of one rank that forms none, and tells the tracker which phase of the step begins."""
+    """A rank on its own, without a process group."""
 
-    def __init__(self, tracker: MemoryTracker) -> None:
-        """Args: tracker: told of every phase."""
-        self._tracker = tracker
+    def __init__(self) -> None:
+        """Forms no process group."""
 
     rank = 0
     world_size = 1
     is_main = False
     device = torch.device("cpu")
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """Returns the module as it is; what an engine does to memory is a matter of the strategy."""
-        return module
+    def close(self) -> None:
+        """Does nothing: there is nothing to end."""
 
-    def accumulating(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+
+class PlannedEngine(ReplicatedEngine):
+    """Tells the tracker where a step is; what another engine does to memory is a matter of the strategy."""
+
+    def __init__(self, stage: StageModule, optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
+        """Args: stage: not wrapped. optimizer: over its parameters. tracker: told of every phase."""
+        super().__init__(stage, lambda: optimizer)
+        self._tracker = tracker
+
+    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """Begins the forward pass, and after it the next micro-batch or the optimizer."""
         return self._micro_batch(last)
 
@@ -246,13 +254,10 @@ class PlannedRuntime(Runtime):
         yield
         self._tracker.enter_phase("optimizer" if last else "encode")
 
-    def backward(self, loss_sum: Tensor, num_supervised: int) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Runs the backward pass."""
         self._tracker.enter_phase("backward")
-        (loss_sum / num_supervised).backward()
-
-    def close(self) -> None:
-        """Does nothing: there is nothing to end."""
+        super().backward(loss)
 
 
 def materialise(model: nn.Module, dtype: torch.dtype) -> None:
@@ -353,14 +358,14 @@ def trace_steps(
     trainer = Trainer(
         config=config,
         ledger=ledger,
-        runtime=PlannedRuntime(tracker),
+        runtime=PlannedRuntime(),
         stage=stage,
-        optimizer=optimizer,
+        engine=PlannedEngine(stage, optimizer, tracker),
         max_steps=steps,
         first_step=0,
         windows=lambda _start, _number: (_ for _ in ()),
         held_out=None,
-        save=lambda _step, _rng: None,
+        save=None,
         metrics=None,
         progress=None,
     )

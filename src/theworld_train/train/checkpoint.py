@@ -10,17 +10,17 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from theworld_train.checkpoint_files import (
     COMPONENTS_FILE,
@@ -33,10 +33,11 @@ from theworld_train.checkpoint_files import (
 )
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.model.adapters import ADAPTER_SUFFIX, adapter_metadata, adapter_parameters, base_parameters
-from theworld_train.model.components import component_modules
+from theworld_train.model.components import component_modules, component_parameters
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.model.processing import TheWorldProcessor
-from theworld_train.train.groups import MOMENT_8BIT, SHARED_TABLES, is_8bit, share_tables
+from theworld_train.train.engine import Engine
+from theworld_train.train.groups import MOMENT_8BIT, is_8bit
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -52,6 +53,10 @@ class Base:
 
     id: str
     revision: str | None
+
+    def __str__(self) -> str:
+        """Renders `id`, or `id@revision`."""
+        return f"{self.id}@{self.revision}" if self.revision else self.id
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,71 @@ class Carried:
     trained_by: str | None
 
 
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The tensors of a checkpoint, whole and in host memory.
+
+    Attributes:
+        components: Weights of each component by their names in it.
+        metadata: What the files of adapters say besides.
+        optimizer: The optimizer's state as flat tensors, `<parameter>::<slot>`.
+    """
+
+    components: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+
+def take_snapshot(
+    model: TheWorldForConditionalGeneration, engine: Engine, components: Collection[str], *, keep: bool
+) -> Snapshot:
+    """Puts together what the ranks hold; every rank calls it.
+
+    Args:
+        model: The whole model.
+        engine: Holds its weights and the optimizer.
+        components: Components and adapters whose weights are wanted.
+        keep: Whether this rank writes the checkpoint; on others the snapshot stays empty.
+    """
+    snapshot = Snapshot()
+    for component, module in component_modules(model).items():
+        adapter = f"{component}{ADAPTER_SUFFIX}"
+        for part, parameters in (component.value, base_parameters(module)), (adapter, adapter_parameters(module)):
+            if part not in components:
+                continue
+            kept = snapshot.components[part] = {}
+            for name, parameter in parameters.items():
+                tensor = engine.whole(parameter)
+                if keep:
+                    kept[name] = _host(tensor)
+        if adapter in components:
+            snapshot.metadata[adapter] = adapter_metadata(module)
+    for name, parameter in trained_parameters(model).items():
+        slots = engine.slots(parameter)
+        if keep:
+            snapshot.optimizer.update({f"{name}::{slot}": _host(value) for slot, value in slots.items()})
+    return snapshot
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+class Saver(Protocol):
+    """What the trainer needs of a run to save it."""
+
+    def collect(self, engine: Engine, *, keep: bool) -> Snapshot:
+        """Takes the snapshot of a checkpoint; every rank calls it, one of them keeps it."""
+        ...
+
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+        """Writes the checkpoint of a step, given each rank's random state; the rank that kept the snapshot calls it."""
+        ...
+
+
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
@@ -84,9 +154,9 @@ class CheckpointWriter:
         self,
         step: int,
         *,
+        snapshot: Snapshot,
         model: TheWorldForConditionalGeneration,
         processor: TheWorldProcessor,
-        optimizer: torch.optim.Optimizer,
         config_yaml: str,
         run_name: str,
         base: Base,
@@ -103,9 +173,9 @@ class CheckpointWriter:
 
         Args:
             step: Optimizer steps done.
-            model: The whole model; what trains holds fp32 masters.
-            processor: Saved beside the weights.
-            optimizer: With `parameter_names` in its groups.
+            snapshot: The tensors.
+            model: The model; its configs are saved beside the weights.
+            processor: Likewise.
             config_yaml: The resolved run config.
             run_name: Name of the run.
             base: Where the language and vision weights come from.
@@ -140,9 +210,9 @@ class CheckpointWriter:
                 shutil.rmtree(remains, ignore_errors=True)
             partial.mkdir(parents=True)
             trainers = dict.fromkeys(trained, run_name) | dict.fromkeys(initialised)
-            components = _write_components(partial, model, trainers) | _link_components(partial, carried)
+            components = _write_components(partial, snapshot, trainers) | _link_components(partial, carried)
             _write_json(partial / COMPONENTS_FILE, record | {"components": components})
-            _save_tensors(optimizer_tensors(optimizer), partial / OPTIMIZER_FILE)
+            _save_tensors(snapshot.optimizer, partial / OPTIMIZER_FILE)
             _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng})
             _write_json(partial / "ledger.json", ledger)
             (partial / "config.yaml").write_text(config_yaml)
@@ -190,22 +260,15 @@ def _removed_on_failure(partial: Path) -> Generator[None]:
 
 
 def _write_components(
-    directory: Path, model: TheWorldForConditionalGeneration, trainers: dict[str, str | None]
+    directory: Path, snapshot: Snapshot, trainers: dict[str, str | None]
 ) -> dict[str, dict[str, str | None]]:
-    """Writes components and adapters of the model, given the run that trained each, and returns their record."""
+    """Writes the components and adapters of a snapshot, given the run that trained each, and returns their record."""
+    assert snapshot.components.keys() == trainers.keys(), "the snapshot holds other components than are to be saved"
     record: dict[str, dict[str, str | None]] = {}
-
-    def save(name: str, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    for name, trainer in trainers.items():
         file = directory / f"{name}.safetensors"
-        _save_tensors({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file, metadata)
-        record[name] = {"file": file.name, "sha256": file_sha256(file), "trained_by": trainers[name]}
-
-    for component, module in component_modules(model).items():
-        if component.value in trainers:
-            save(component.value, base_parameters(module))
-        if (adapter := f"{component}{ADAPTER_SUFFIX}") in trainers:
-            save(adapter, adapter_parameters(module), adapter_metadata(module))
-    assert record.keys() == trainers.keys(), "a component that the model lacks was to be saved"
+        _save_tensors(snapshot.components[name], file, snapshot.metadata.get(name))
+        record[name] = {"file": file.name, "sha256": file_sha256(file), "trained_by": trainer}
     return record
 
 
@@ -265,49 +328,32 @@ def _link_or_copy(source: Path, target: Path) -> None:
 # -- the optimizer and random states ------------------------------------------------------------------------------
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Returns the optimizer's state as flat named tensors, `<parameter>::<slot>`."""
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["parameter_names"], group["params"], strict=True):
-            for slot, value in optimizer.state.get(parameter, {}).items():
-                if slot not in SHARED_TABLES:
-                    # bitsandbytes counts steps in Python.
-                    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int32)
-                    tensors[f"{name}::{slot}"] = tensor.detach().cpu().contiguous()
-    return tensors
+def trained_parameters(model: TheWorldForConditionalGeneration) -> dict[str, nn.Parameter]:
+    """Returns the parameters that the optimizer has state of, by name."""
+    every = component_parameters(model).values()
+    return {name: value for parameters in every for name, value in parameters.items() if value.requires_grad}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Restores what `optimizer_tensors` returned.
+def load_optimizer(engine: Engine, parameters: Mapping[str, nn.Parameter], path: Path) -> None:
+    """Restores the optimizer's part of a snapshot.
 
     Raises:
         ConfigError: If the state belongs to other parameters, or to another optimizer.
     """
-    tensors = load_file(path)
-    slots = {key.split("::")[1] for key in tensors}
-    if slots and (MOMENT_8BIT in slots) is not is_8bit(optimizer):
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        name, slot = key.split("::")
+        slots.setdefault(name, {})[slot] = tensor
+    if slots and any(MOMENT_8BIT in state for state in slots.values()) is not is_8bit(engine.optimizer):
         raise ConfigError(f"{path} holds the state of another optimizer; resume needs the same optimizer.name")
-    owners = {
-        n: p for group in optimizer.param_groups for n, p in zip(group["parameter_names"], group["params"], strict=True)
-    }
-    strangers = sorted({key.split("::")[0] for key in tensors} - owners.keys())
-    absent = sorted(owners.keys() - {key.split("::")[0] for key in tensors})
-    if strangers or (absent and tensors):
+    strangers, absent = sorted(slots.keys() - parameters.keys()), sorted(parameters.keys() - slots.keys())
+    if strangers or (absent and slots):
         raise ConfigError(
             f"{path} belongs to another trainable set: it has {strangers[:3]} and lacks {absent[:3]}; "
             "resume needs the same trainable table, init_from takes weights only"
         )
-    for key, tensor in tensors.items():
-        name, slot = key.split("::")
-        parameter = owners[name]
-        # AdamW keeps its step counter on the CPU, and bitsandbytes in Python.
-        if slot == "step":
-            optimizer.state[parameter][slot] = tensor if tensor.is_floating_point() else int(tensor)
-        else:
-            optimizer.state[parameter][slot] = tensor.to(parameter.device)
-    if is_8bit(optimizer):
-        share_tables(optimizer)
+    for name, state in slots.items():
+        engine.load_slots(parameters[name], state)
 
 
 def random_state() -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from theworld_train.config.components import Component
@@ -92,7 +93,9 @@ def set_modes(model: TheWorldForConditionalGeneration, trainable: Collection[Com
 
 
 def enable_checkpointing(model: TheWorldForConditionalGeneration) -> None:
-    """Switches gradient checkpointing on in the vision tower's and the language model's layers, non-reentrant."""
+    """Switches gradient checkpointing on, non-reentrant: in the towers' layers, and in the world encoder as a whole."""
+    if model.config.enable_world:
+        model.world_encoder.gradient_checkpointing = True
     kwargs = {"use_reentrant": False}
     if hasattr(model.model, "activation_checkpointing_enable"):
         model.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
@@ -109,69 +112,93 @@ def frozen_and_trainable(
     return frozen, {name: parameter for name, parameter in every.items() if parameter.requires_grad}
 
 
+@dataclass(frozen=True)
+class Violations:
+    """Tensors that broke the contract of freezing, as far as one rank can tell.
+
+    Attributes:
+        changed: Frozen tensors of which this rank's part has changed.
+        still: Trainable tensors of which this rank's part has not moved; a fault only if no rank's part has.
+    """
+
+    changed: frozenset[str]
+    still: frozenset[str]
+
+
 class FreezingCheck:
     """Compares the weights before and after a step: what is frozen is bit-identical, and all that trains has moved."""
 
-    def __init__(self, model: TheWorldForConditionalGeneration) -> None:
-        """Takes the fingerprints before the step."""
+    def __init__(
+        self,
+        model: TheWorldForConditionalGeneration,
+        held: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter,
+    ) -> None:
+        """Takes the fingerprints before the step.
+
+        Args:
+            model: The model, as an engine has wrapped it.
+            held: What this rank holds of a parameter.
+        """
         self._model = model
+        self._held = held
         frozen, trainable = frozen_and_trainable(model)
-        self._frozen, self._trainable = digests(frozen), digests(trainable)
+        self._frozen, self._trainable = self._digests(frozen), self._digests(trainable)
         idle = {key for module in component_modules(model).values() for key in without_gradient(module)}
         self._without_gradient = {name for name, parameter in trainable.items() if id(parameter) in idle}
         self._pending = {
             component for component, parameters in component_parameters(model).items() if parameters.keys() & trainable
         }
 
+    def _digests(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+        return digests({name: self._held(parameter) for name, parameter in parameters.items()})
+
     @property
     def pending(self) -> tuple[Component, ...]:
         """Trainable components that no step so far has held any input for."""
         return tuple(component for component in Component if component in self._pending)
 
-    def verify(
-        self,
-        *,
-        clips_seen: bool,
-        inputs: Collection[Input] = ("text", "image", "world"),
-        stepped: Collection[str] = (),
-    ) -> None:
-        """Takes them again after a step, of the frozen parts once and of each trainable component when it was used.
+    def compare(self, *, clips_seen: bool, inputs: Collection[Input] = ("text", "image", "world")) -> Violations:
+        """Takes the fingerprints again, of frozen parts once and of each trainable component when it was first used.
 
         Args:
-            inputs: What the step has seen; components that act on nothing of it stay pending.
             clips_seen: Whether the step saw a clip of several frames; parameters that act on clips alone may stay
                 otherwise.
-            stepped: Parameters that the optimizer has taken a gradient of: at the first step of a long warmup a rate
-                may be too small to change any bit of them.
-
-        Raises:
-            ConfigError: If a frozen tensor has changed, or a trainable one has not.
+            inputs: What the step has seen; components that act on nothing of it stay pending.
         """
         used = {component for component in self._pending if TRAITS[component].input in inputs}
         frozen, trainable = frozen_and_trainable(self._model)
-        exempt = exempt_parameters(self._model, clips_seen=clips_seen) | self._without_gradient
-        after = digests({name: frozen[name] for name in self._frozen})
-        changed = [name for name, value in self._frozen.items() if after[name] != value]
+        after = self._digests({name: frozen[name] for name in self._frozen})
+        changed = {name for name, value in self._frozen.items() if after[name] != value}
         names = {name for component in used for name in component_parameters(self._model)[component]}
-        after = digests({name: parameter for name, parameter in trainable.items() if name in names})
-        still = [
-            name
-            for name, value in after.items()
-            if self._trainable[name] == value and name not in exempt and name not in stepped
-        ]
-        if changed or still:
-            parts = []
-            if changed:
-                parts.append(f"frozen tensors that changed: {_listed(changed)}")
-            if still:
-                parts.append(f"trainable tensors that did not move: {_listed(still)}")
-            raise ConfigError(
-                "a step did not train what the config says; "
-                + "; ".join(parts)
-                + " (training.verify_freezing: false switches this check off)"
-            )
-        self._pending -= used
+        after = self._digests({name: parameter for name, parameter in trainable.items() if name in names})
+        exempt = exempt_parameters(self._model, clips_seen=clips_seen) | self._without_gradient
+        still = {name for name, value in after.items() if self._trainable[name] == value and name not in exempt}
+        self._pending = self._pending - used
         self._frozen = {}
+        return Violations(frozenset(changed), frozenset(still))
+
+
+def refuse_violations(changed: Collection[str], still: Collection[str]) -> None:
+    """Stops a run that has trained something else than its config says.
+
+    Args:
+        changed: Frozen tensors that have changed.
+        still: Trainable tensors that have neither moved nor had a gradient.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    parts = []
+    if changed:
+        parts.append(f"frozen tensors that changed: {_listed(changed)}")
+    if still:
+        parts.append(f"trainable tensors that did not move: {_listed(still)}")
+    if parts:
+        raise ConfigError(
+            "a step did not train what the config says; "
+            + "; ".join(parts)
+            + " (training.verify_freezing: false switches this check off)"
+        )
 
 
 def exempt_parameters(model: TheWorldForConditionalGeneration, *, clips_seen: bool) -> frozenset[str]:

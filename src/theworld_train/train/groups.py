@@ -115,14 +115,26 @@ def is_8bit(optimizer: torch.optim.Optimizer) -> bool:
     return hasattr(optimizer, "name2qmap")
 
 
-def share_tables(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every 8-bit state the tables that all of them share, which checkpoints do not hold."""
-    tables: dict[str, Tensor] = cast(Any, optimizer).name2qmap
-    for parameter, state in optimizer.state.items():
-        if state[MOMENT_8BIT].dtype == torch.uint8:
-            for slot, table in SHARED_TABLES.items():
-                tables[table] = tables[table].to(parameter.device)
-                state[slot] = tables[table]
+def saved_slots(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Returns an optimizer's state of a parameter as tensors, without the tables that all 8-bit states share."""
+    # bitsandbytes counts steps in Python.
+    return {
+        slot: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int32)
+        for slot, value in state.items()
+        if slot not in SHARED_TABLES
+    }
+
+
+def restore_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Mapping[str, Tensor]) -> None:
+    """Gives an optimizer what `saved_slots` returned."""
+    state: dict[str, Any] = {slot: value.to(parameter.device) for slot, value in slots.items() if slot != "step"}
+    # AdamW keeps its step counter on the CPU, and bitsandbytes in Python.
+    state["step"] = slots["step"] if slots["step"].is_floating_point() else int(slots["step"])
+    if is_8bit(optimizer) and state[MOMENT_8BIT].dtype == torch.uint8:
+        tables: dict[str, Tensor] = cast(Any, optimizer).name2qmap
+        for slot, table in SHARED_TABLES.items():
+            state[slot] = tables[table] = tables[table].to(parameter.device)
+    optimizer.state[parameter] = state
 
 
 def has_stepped(state: Mapping[str, Any]) -> bool:

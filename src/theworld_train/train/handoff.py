@@ -74,17 +74,19 @@ def inherit(
     """
     verify_checkpoint(checkpoint)
     record, state = read_record(checkpoint / COMPONENTS_FILE), read_record(checkpoint / STATE_FILE)
-    for kind, own in (("base", base), ("encoder", encoder)):
-        theirs = record[kind]
-        if own is not None and theirs is not None and (theirs["id"], theirs["revision"]) != (own.id, own.revision):
-            raise ConfigError(
-                f"{checkpoint} builds on the {kind} {theirs['id']!r} (revision {theirs['revision']}), but this run on "
-                f"{own.id!r} (revision {own.revision})"
-            )
     recorded = record["base_digests"]
     if changed := [name for name in digests if recorded.get(name, digests[name]) != digests[name]]:
+        # Names do not matter: a base may have moved, or have changed where it is.
+        theirs, ours = (
+            " and ".join(str(part) for part in parts if part)
+            for parts in (
+                [Base(**record[kind]) for kind in ("base", "encoder") if record[kind]],
+                (base, encoder),
+            )
+        )
         raise ConfigError(
-            f"{checkpoint} was trained on other weights of {', '.join(changed)} than those that {base.id} holds now"
+            f"{checkpoint} was trained on other weights of {', '.join(changed)}, those of {theirs}, "
+            f"than this run loads from {ours}"
         )
     if Component.WORLD_PROJECTOR in record["components"]:
         _adopt_world(model, checkpoint)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
@@ -12,10 +12,21 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
+from theworld_train.data import accumulation_steps
+from theworld_train.train.engine import (
+    DeepSpeedEngine,
+    Engine,
+    MakeOptimizer,
+    ReplicatedEngine,
+    ShardedEngine,
+    deepspeed_settings,
+)
+from theworld_train.train.stage import StageModule
 
 T = TypeVar("T")
 
@@ -70,25 +81,26 @@ class Runtime:
         device: torch.device = self.accelerator.device
         return device
 
-    def prepare(self, module: nn.Module) -> nn.Module:
-        """Wraps a module for the strategy; returns it unchanged on a single process."""
-        wrapped: nn.Module = self.accelerator.prepare_model(module)
-        return wrapped
+    def engine(self, stage: StageModule, make_optimizer: MakeOptimizer, config: RunConfig) -> Engine:
+        """Wraps a stage for the run's strategy; a single process holds everything, whatever the strategy."""
+        if self.world_size == 1:
+            return ReplicatedEngine(stage, make_optimizer)
+        if config.runtime.strategy == "ddp":
+            return ReplicatedEngine(stage, make_optimizer, self.accelerator.prepare_model)
+        if config.runtime.strategy == "fsdp2":
+            return ShardedEngine(stage, make_optimizer, config, self._mesh(config))
+        accumulation = accumulation_steps(
+            config.training.global_batch_size, config.training.micro_batch_size, self.world_size
+        )
+        return DeepSpeedEngine(stage, make_optimizer, deepspeed_settings(config, accumulation))
 
-    def accumulating(self, wrapped: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Returns a context in which gradients are reduced over ranks only if the micro-batch is the window's last."""
-        return nullcontext() if last else self.accelerator.no_sync(wrapped)
-
-    def backward(self, loss_sum: Tensor, num_supervised: int) -> None:
-        """Adds the gradient of a micro-batch's share of the window's mean loss.
-
-        DDP averages gradients over ranks; the factor `world_size` turns that average into the sum.
-
-        Args:
-            loss_sum: Summed loss of this rank's micro-batch.
-            num_supervised: Supervised tokens of the whole window over all ranks.
-        """
-        self.accelerator.backward(loss_sum * (self.world_size / max(1, num_supervised)))
+    def _mesh(self, config: RunConfig) -> DeviceMesh:
+        if not config.runtime.hybrid:
+            return init_device_mesh(self.device.type, (self.world_size,))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        return init_device_mesh(
+            self.device.type, (self.world_size // local, local), mesh_dim_names=("replicate", "shard")
+        )
 
     def exchange(self, values: Sequence[float]) -> list[list[float]]:
         """Returns equally many numbers of every rank, in the order of ranks, in fp64."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from theworld_train.accounting.tokens import latent_frames
 from theworld_train.batch import Batch
@@ -36,6 +35,12 @@ class Features:
     world_latents: Tensor | None = None
     world_frames: Tensor | None = None
     frame_counts: tuple[int, ...] = ()
+
+    @property
+    def num_images(self) -> int:
+        """Images of the batch."""
+        given = self.pixel_values if self.image_states is None else self.image_states
+        return 0 if given is None else given.shape[0]
 
 
 class StageModule(nn.Module):
@@ -72,7 +77,8 @@ class StageModule(nn.Module):
         self.parts["lm_head"] = model.lm_head
         self.trainable = frozenset(trainable)
         self.chunk_size = chunk_size
-        self._gradient_checkpointing = gradient_checkpointing
+        #: Whether every call runs every component inside, as engines need it that gather weights; they set it.
+        self.lockstep = False
         self._reference = reference
         self._autocasts = precision == "bf16"
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -147,51 +153,47 @@ class StageModule(nn.Module):
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocasts)
 
     def _embed(self, batch: Batch, features: Features) -> Tensor:
-        """Embeds the sequence; parts of the visual path that train run also where this rank has nothing for them."""
-        model = self.model
-        image_states, latents = features.image_states, features.world_latents
-        if features.pixel_values is not None:
-            image_states = model.encode_images(features.pixel_values)
-        if features.world_frames is not None:
-            latents = self._encode_world(features.world_frames, features.frame_counts)
-        image_features = None if image_states is None else model.model.multi_modal_projector(image_states)
-        latent_counts = tuple(latent_frames(count) for count in features.frame_counts)
-        embeds = model.embed(batch.input_ids, image_features, latents, latent_counts)
-        idle = self._idle(batch.input_ids, image_states is None, latents is None, max(features.frame_counts, default=1))
-        return embeds if idle is None else embeds + idle.to(embeds.dtype)
+        """Embeds the sequence; the visual parts run as `_runs` says, also where the batch has nothing for them."""
+        model, device = self.model, batch.input_ids.device
+        config: Any = model.config
+        image_features = latents = None
+        images = features.num_images
+        if images or self._runs(Component.VISION_TOWER, Component.MULTI_MODAL_PROJECTOR):
+            states = features.image_states
+            if states is None:
+                side = config.vision_config.image_size
+                pixels = features.pixel_values
+                states = self._encode_images(torch.zeros(1, 3, side, side, device=device) if pixels is None else pixels)
+            # Of no images no features are left, but the graph is there, and so are gradients of zero.
+            image_features = model.model.multi_modal_projector(states)[:images]
+        blocks = features.frame_counts
+        if blocks or self._runs(Component.WORLD_ENCODER, Component.WORLD_PROJECTOR):
+            latents = features.world_latents
+            if latents is None:
+                side = config.world_resolution
+                frames = features.world_frames
+                frames = torch.zeros(1, 3, side, side, device=device) if frames is None else frames
+                latents = self._encode_world(frames, blocks or (1,))
+        return model.embed(batch.input_ids, image_features, latents, tuple(latent_frames(count) for count in blocks))
+
+    def _runs(self, *components: Component) -> bool:
+        """Whether a visual path runs although a batch has nothing for it.
+
+        What trains needs gradients of zero, not none: an optimizer would skip the step, and other ranks would wait. An
+        engine that gathers weights needs every rank to call the same modules in the same order, trained or not.
+        """
+        if not self.model.config.enable_world and Component.WORLD_PROJECTOR in components:
+            return False
+        return self.lockstep or (torch.is_grad_enabled() and bool(self.trainable.intersection(components)))
+
+    def _encode_images(self, pixels: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and Component.VISION_TOWER in self.trainable):
+            return self.model.encode_images(pixels)
 
     def _encode_world(self, frames: Tensor, counts: tuple[int, ...]) -> Tensor:
-        encode = self.model.encode_world
-        if self._gradient_checkpointing and torch.is_grad_enabled():
-            # As a whole: inside, the causal convolutions hand their caches from chunk to chunk.
-            return checkpoint(encode, frames, counts, use_reentrant=False)  # type: ignore[no-any-return]
-        return encode(frames, counts)
-
-    def _idle(self, input_ids: Tensor, no_image: bool, no_world: bool, longest: int) -> Tensor | None:
-        """Returns a zero that depends on trainable visual parts which this batch does not use, or None.
-
-        Without it a rank that has no image, or no clip, would take part in fewer collectives than the others.
-        """
-        if not torch.is_grad_enabled():
-            return None
-        model = self.model
-        config: Any = model.config
-        used: list[Tensor] = []
-        vision = {Component.VISION_TOWER, Component.MULTI_MODAL_PROJECTOR} & self.trainable
-        world = {Component.WORLD_ENCODER, Component.WORLD_PROJECTOR} & self.trainable
-        if vision and no_image:
-            side = config.vision_config.image_size
-            states = model.encode_images(torch.zeros(1, 3, side, side, device=input_ids.device))
-            used.append(model.model.multi_modal_projector(states))
-        if world and no_world:
-            side = config.world_resolution
-            frames = torch.zeros(1, 3, side, side, device=input_ids.device)
-            used.append(model.world_projector(self._encode_world(frames, (1,)), (1,)))
-            used.append(model.world_projector.brackets())
-        if Component.WORLD_ENCODER in self.trainable and longest == 1:
-            clip_only = TRAITS[Component.WORLD_ENCODER].clip_only
-            named = model.world_encoder.named_parameters()
-            used += [parameter for name, parameter in named if any(part in f".{name}" for part in clip_only)]
-        if not used:
-            return None
-        return torch.stack([part.float().sum() * 0.0 for part in used]).sum()
+        trains = torch.is_grad_enabled() and Component.WORLD_ENCODER in self.trainable
+        if trains and self.lockstep:
+            # ZeRO-3 takes the encoder's backward for done when that of its input is, or at once if it has none.
+            frames = frames.detach().requires_grad_()
+        with torch.set_grad_enabled(trains):
+            return self.model.encode_world(frames, counts)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from theworld_train.accounting.ledger import ParameterLedger
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import Dropped, EvaluationBatch, Window, accumulation_steps
 from theworld_train.model.components import Input
-from theworld_train.train.checkpoint import random_state
+from theworld_train.train.checkpoint import Saver, random_state
+from theworld_train.train.engine import Engine
 from theworld_train.train.evaluation import EvaluationResult, evaluate
-from theworld_train.train.freeze import FreezingCheck
+from theworld_train.train.freeze import FreezingCheck, refuse_violations
 from theworld_train.train.groups import has_stepped, set_rates
 from theworld_train.train.ledger import check_wrapped
 from theworld_train.train.loss import num_chunks
@@ -87,37 +86,36 @@ class Trainer:
         ledger: ParameterLedger,
         runtime: Runtime,
         stage: StageModule,
-        optimizer: torch.optim.Optimizer,
+        engine: Engine,
         max_steps: int,
         first_step: int,
         windows: Callable[[int, int], Generator[Window, None, None]],
         held_out: Callable[[], Generator[EvaluationBatch, None, None]] | None,
-        save: Callable[[int, list[dict[str, Any]]], None],
+        save: Saver | None,
         metrics: MetricsFile | None,
         progress: ProgressDisplay | None,
     ) -> None:
-        """Wraps the stage for the run's strategy.
+        """Keeps the objects of a run.
 
         Args:
             config: The run config.
             ledger: What the model was counted as; the wrapped one has to agree.
             runtime: The process group.
             stage: The model, frozen and trainable parts set.
-            optimizer: Over the trainable parameters.
+            engine: The stage, wrapped for the run's strategy, and its optimizer.
             max_steps: Optimizer steps of the whole run.
             first_step: Steps done already.
             windows: Given a first step and a number, this rank's share of the optimizer steps.
             held_out: This rank's share of the held-out batches, if there are any.
-            save: Given the step and each rank's random state, writes a checkpoint (on the main rank).
+            save: Writes checkpoints, if any are to be kept.
             metrics: The metrics file, on the main rank.
             progress: The display, on the main rank.
         """
         self._config = config
         self._runtime = runtime
         self._stage = stage
-        self._wrapped: nn.Module = runtime.prepare(stage)
-        check_wrapped(ledger, self._wrapped, stage.model)
-        self._optimizer = optimizer
+        self._engine = engine
+        check_wrapped(ledger, engine.wrapped, stage.model)
         self._max_steps = max_steps
         self._first_step = first_step
         self._windows = windows
@@ -128,11 +126,10 @@ class Trainer:
         self._accumulation = accumulation_steps(
             config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
         )
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def run(self) -> TrainingResult:
         """Trains from the first step to the last."""
-        check = FreezingCheck(self._stage.model) if self._config.training.verify_freezing else None
+        check = FreezingCheck(self._stage.model, self._engine.held) if self._config.training.verify_freezing else None
         evaluation: EvaluationResult | None = None
         self._stage.set_training_modes()
         started = time.perf_counter()
@@ -179,18 +176,16 @@ class Trainer:
         assert isinstance(window, Window)
         if not totals.supervised:
             raise ConfigError(f"step {window.step + 1} holds no supervised token on any rank; look at the data")
-        rates = set_rates(self._optimizer, rate_factor(self._config.schedule, window.step, self._max_steps))
+        rates = set_rates(self._engine.optimizer, rate_factor(self._config.schedule, window.step, self._max_steps))
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._runtime.device)
         for index, batch in enumerate(window.micro_batches):
             moved = batch.to(self._runtime.device)
             features = self._stage.encode(moved)
-            with self._runtime.accumulating(self._wrapped, last=index == len(window.micro_batches) - 1):
-                output = self._wrapped(moved, features, totals.chunks[index])
-                self._runtime.backward(output.loss_sum, totals.supervised)
+            with self._engine.accumulating(last=index == len(window.micro_batches) - 1):
+                output = self._engine.wrapped(moved, features, totals.chunks[index])
+                self._engine.backward(output.loss_sum / totals.supervised)
             loss_sum += output.loss_sum.detach()
-        norm = self._clip()
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        norm = self._engine.step(self._config.training.gradient_clip_norm)
         loss, grad_norm = self._runtime.read(self._runtime.sum_over_ranks(loss_sum), norm)
         return StepResult(
             loss=loss / totals.supervised,
@@ -239,29 +234,21 @@ class Trainer:
     def _gather_dropped(self, window: Window) -> tuple[Dropped, ...]:
         return tuple(item for rank in self._runtime.gather(window.dropped) for item in rank)
 
-    def _clip(self) -> Tensor:
-        """Clips the gradient if the config says so, and returns its norm before that."""
-        limit = self._config.training.gradient_clip_norm
-        return torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if limit is None else limit)
-
     # -- around the step --------------------------------------------------------------------------------------------
 
     def _agree(self, check: FreezingCheck, result: StepResult, done: int) -> None:
-        """Verifies freezing on every rank; all ranks stop if one finds fault."""
+        """Verifies freezing; ranks that hold parts of tensors put together what they have seen."""
         before = check.pending
-        with self._runtime.agreement():
-            check.verify(inputs=result.inputs, clips_seen=result.clips_seen, stepped=self._stepped())
+        ranks = self._runtime.gather(check.compare(inputs=result.inputs, clips_seen=result.clips_seen))
+        changed = frozenset[str]().union(*(rank.changed for rank in ranks))
+        still = frozenset.intersection(*(rank.still for rank in ranks))
+        refuse_violations(changed, [name for name in sorted(still) if not self._had_gradient(name)])
         if check.pending and (done == self._first_step + 1 or check.pending != before):
             self._say(f"not verified yet, since step {done} holds nothing for it: {', '.join(check.pending)}")
 
-    def _stepped(self) -> set[str]:
-        """Returns the names of the parameters whose first moment in the optimizer is not zero."""
-        return {
-            name
-            for group in self._optimizer.param_groups
-            for name, parameter in zip(group["parameter_names"], group["params"], strict=True)
-            if has_stepped(self._optimizer.state.get(parameter, {}))
-        }
+    def _had_gradient(self, name: str) -> bool:
+        """Whether the optimizer has taken a gradient of a tensor, whose rate was too small to change any bit of it."""
+        return has_stepped(self._engine.slots(self._stage.model.get_parameter(name)))
 
     def _is_due(self, done: int, interval: int | None) -> bool:
         return done == self._max_steps or (interval is not None and done % interval == 0)
@@ -289,19 +276,24 @@ class Trainer:
     def _evaluate(self, done: int) -> EvaluationResult | None:
         if self._held_out is None:
             return None
-        result = evaluate(self._stage, self._wrapped, self._held_out(), self._runtime)
+        result = evaluate(self._stage, self._engine.wrapped, self._held_out(), self._runtime)
         values = result.metrics()
         if self._metrics is not None:
             self._metrics.write("eval", done, {**values, "samples": dict(result.samples)})
         self._runtime.track(values, done)
         shown = "  ".join(f"{kind} {value:.1%}" for kind, value in result.accuracy.items())
-        self._say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}")
+        dropped = f"  ({result.dropped} samples left out)" if result.dropped else ""
+        self._say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}{dropped}")
         return result
 
     def _checkpoint(self, done: int) -> None:
+        if self._save is None:
+            return
         states = self._runtime.gather(random_state())
+        snapshot = self._save.collect(self._engine, keep=self._runtime.is_main)
         with self._runtime.agreement():
-            self._save(done, states)
+            if self._runtime.is_main:
+                self._save.write(done, snapshot, states)
 
     def _say(self, text: str) -> None:
         if self._progress is not None:

@@ -126,7 +126,7 @@ def test_the_latent_statistics_are_those_of_the_clips(tiny: TinyCheckpoint):
     config = json.loads((Path(tiny.cosmos) / "vae" / "config.json").read_text())
     assert config["latents_std"] != vae_config()["latents_std"]
     with torch.no_grad():
-        latents = tiny.theworld().world_encoder(digit_clips()).transpose(0, 1).flatten(1)
+        latents = tiny.theworld().world_encoder.encode(digit_clips()).transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(16), rtol=0, atol=1e-4)
     torch.testing.assert_close(latents.std(1), torch.ones(16), rtol=0, atol=1e-4)
 

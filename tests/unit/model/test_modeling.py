@@ -32,9 +32,7 @@ def batch(processor: TheWorldProcessor) -> BatchFeature:
 
 @torch.no_grad()
 def features(model: TheWorld, batch: BatchFeature) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    latents, counts = model.world_encoder.encode_blocks(
-        batch["world_frames"], tuple(batch["world_frame_counts"].tolist())
-    )
+    latents, counts = model.world_encoder(batch["world_frames"], tuple(batch["world_frame_counts"].tolist()))
     return model.model.multi_modal_projector(model.encode_images(batch["pixel_values"])), latents, counts
 
 
@@ -43,12 +41,11 @@ def test_placeholders_are_replaced_and_text_is_not(model: TheWorld, batch: Batch
     images, latents, counts = features(model, batch)
     with torch.no_grad():
         embeddings = model.embed(ids, images, latents, counts)
-        world = model.world_projector(latents, counts).flatten(0, 1)
+        tokens, brackets = model.world_projector(latents, counts)
+        world = tokens.flatten(0, 1)
     assert torch.equal(embeddings[ids == config.world_token_id], world)
     assert torch.equal(embeddings[ids == config.image_token_id], images.flatten(0, 1))
-    for token, bracket in zip(
-        (config.start_of_world_token_id, config.end_of_world_token_id), model.world_projector.brackets(), strict=True
-    ):
+    for token, bracket in zip((config.start_of_world_token_id, config.end_of_world_token_id), brackets, strict=True):
         assert (ids == token).sum() == 3
         assert (embeddings[ids == token] == bracket).all()
     text = ~torch.isin(ids, torch.tensor([config.image_token_id, *config.world_token_ids]))

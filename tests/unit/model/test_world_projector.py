@@ -42,13 +42,13 @@ def rms(values: Tensor) -> Tensor:
 def test_every_token_has_the_rms_of_text(projection: str, layout: str, scale: float):
     projector = build(world_projection=projection, world_tokens=layout)
     nn.init.zeros_(projector.temporal)
-    embeddings = projector(latents(3, scale), (1, 2))
+    embeddings = projector(latents(3, scale), (1, 2))[0]
     assert embeddings.shape == (3, 16, HIDDEN)
     torch.testing.assert_close(rms(embeddings), torch.full((3, 16), RMS), rtol=1e-3, atol=0)
 
 
 def test_the_brackets_have_the_rms_of_text():
-    brackets = build().brackets()
+    brackets = build()(latents(1), (1,))[1]
     assert brackets.shape == (2, HIDDEN)
     torch.testing.assert_close(rms(brackets), torch.full((2,), RMS), rtol=0.3, atol=0)
     assert not torch.equal(*brackets)
@@ -59,17 +59,17 @@ def test_an_image_and_the_last_frame_of_a_clip_are_the_present():
     assert projector.temporal.shape == (9, HIDDEN)
     with torch.no_grad():
         projector.temporal.copy_(torch.arange(9).float()[:, None].expand(9, HIDDEN))
-        moved = projector(latents(6), (1, 3, 2))
+        moved = projector(latents(6), (1, 3, 2))[0]
         projector.temporal.zero_()
-        offsets = (moved - projector(latents(6), (1, 3, 2))).mean((1, 2)) / RMS
+        offsets = (moved - projector(latents(6), (1, 3, 2))[0]).mean((1, 2)) / RMS
     torch.testing.assert_close(offsets - 4, torch.tensor([0.0, -2, -1, 0, -1, 0]))
 
 
 def test_a_block_that_reaches_too_far_back_is_refused():
     projector = build(max_world_steps=2)
-    assert projector(latents(3), (3,)).shape[0] == 3
+    assert projector(latents(3), (3,))[0].shape[0] == 3
     with pytest.raises(ValueError, match=r"4 latent frames reaches 3 steps.*max_world_steps=2"):
-        projector(latents(4), (4,))
+        projector(latents(4), (4,))[0]
 
 
 def test_a_spatial_token_is_one_cell():
@@ -77,7 +77,7 @@ def test_a_spatial_token_is_one_cell():
     changed = values.clone()
     changed[0, :, 1, 2] += 1
     with torch.no_grad():
-        different = (projector(values, (1,)) - projector(changed, (1,))).abs().amax(-1)[0]
+        different = (projector(values, (1,))[0] - projector(changed, (1,))[0]).abs().amax(-1)[0]
     assert different.nonzero().flatten().tolist() == [1 * 4 + 2]
 
 
@@ -86,7 +86,7 @@ def test_a_channel_token_is_one_channel():
     changed = values.clone()
     changed[0, 5] += torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        different = (projector(values, (1,)) - projector(changed, (1,))).abs().amax(-1)[0]
+        different = (projector(values, (1,))[0] - projector(changed, (1,))[0]).abs().amax(-1)[0]
     assert different.nonzero().flatten().tolist() == [5]
 
 
@@ -106,7 +106,7 @@ def test_nothing_follows_the_last_matrix(projection: str):
 def test_a_gradient_reaches_every_tensor(projection: str, layout: str):
     projector = build(world_projection=projection, world_tokens=layout, max_world_steps=2)
     target = torch.randn(3, 16, HIDDEN)
-    ((projector(latents(3), (3,)) - target).square().sum() + projector.brackets().pow(3).sum()).backward()
+    ((projector(latents(3), (3,))[0] - target).square().sum() + projector(latents(1), (1,))[1].pow(3).sum()).backward()
     for name, parameter in projector.named_parameters():
         assert parameter.grad is not None, name
         rows = parameter.grad[:3] if name == "temporal" else parameter.grad  # a clip has no future

@@ -18,7 +18,8 @@ from theworld_train.config.schema import RunConfig
 from theworld_train.data import Collator, Sample
 from theworld_train.model import TheWorld
 from theworld_train.model.digest import base_digests
-from theworld_train.train.checkpoint import Base, Carried, CheckpointWriter, random_state
+from theworld_train.train.checkpoint import Base, Carried, CheckpointWriter, random_state, take_snapshot
+from theworld_train.train.engine import Engine, ReplicatedEngine
 from theworld_train.train.freeze import Precision, apply_trainable
 from theworld_train.train.stage import StageModule
 
@@ -114,7 +115,7 @@ def write_checkpoint(tiny: TinyCheckpoint) -> Callable[..., Path]:
         trained: Sequence[str] = ("world_projector",),
         initialised: Sequence[str] = (),
         carried: dict[str, Carried] | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        engine: Engine | None = None,
         keep_last: int = 2,
         digests: dict[str, str] | None = None,
         run_name: str = "test",
@@ -122,14 +123,13 @@ def write_checkpoint(tiny: TinyCheckpoint) -> Callable[..., Path]:
         init_from: Origin | None = None,
     ) -> Path:
         model = tiny.theworld() if model is None else model
-        if optimizer is None:
-            optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-            optimizer.param_groups[0]["parameter_names"] = ["none"]
+        if engine is None:
+            engine = ReplicatedEngine(model, lambda: torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
         return CheckpointWriter(directory, keep_last).write(
             step,
+            snapshot=take_snapshot(model, engine, (*trained, *initialised), keep=True),
             model=model,
             processor=tiny.processor(),
-            optimizer=optimizer,
             config_yaml="name: test\n",
             run_name=run_name,
             base=Base(base or tiny.gemma, None),

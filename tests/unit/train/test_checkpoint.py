@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.checkpoint_files import (
@@ -38,10 +38,12 @@ from theworld_train.train import checkpoint as checkpoint_module
 from theworld_train.train.checkpoint import (
     Carried,
     load_optimizer,
-    optimizer_tensors,
     random_state,
     restore_random_state,
+    take_snapshot,
+    trained_parameters,
 )
+from theworld_train.train.engine import ReplicatedEngine
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
 
@@ -318,8 +320,8 @@ def test_file_systems_without_links_get_a_copy(
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def stepped(model: TheWorld, config: RunConfig) -> torch.optim.AdamW:
-    """Returns an optimizer that has taken two steps."""
+def stepped(model: TheWorld, config: RunConfig) -> ReplicatedEngine:
+    """Returns an engine whose optimizer has taken two steps."""
     apply_trainable(model, tuple(config.trainable), "fp32")
     optimizer = build_optimizer(model, config)
     for seed in range(2):
@@ -328,18 +330,28 @@ def stepped(model: TheWorld, config: RunConfig) -> torch.optim.AdamW:
             for parameter in group["params"]:
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step()
-    return optimizer
+    return ReplicatedEngine(model, lambda: optimizer)
+
+
+def fresh_engine(model: TheWorld, config: RunConfig) -> ReplicatedEngine:
+    """Returns an engine whose optimizer has taken no step."""
+    apply_trainable(model, tuple(config.trainable), "fp32")
+    return ReplicatedEngine(model, lambda: build_optimizer(model, config))
+
+
+def optimizer_tensors(model: TheWorld, engine: ReplicatedEngine) -> dict[str, Tensor]:
+    return take_snapshot(model, engine, (), keep=True).optimizer
 
 
 def test_optimizer_comes_back_bit_for_bit(
     tiny: TinyCheckpoint, run_config: Callable[..., RunConfig], write_checkpoint: Write, tmp_path: Path
 ):
     config = run_config("world_projector", "vision_tower")
-    optimizer = stepped(tiny.theworld().requires_grad_(True), config)
-    path = write_checkpoint(tmp_path / "run", optimizer=optimizer)
-    fresh = build_optimizer(tiny.theworld().requires_grad_(True), config)
-    load_optimizer(fresh, path / "optimizer.safetensors")
-    expected, actual = optimizer_tensors(optimizer), optimizer_tensors(fresh)
+    model, other = tiny.theworld(), tiny.theworld()
+    engine, fresh = stepped(model, config), fresh_engine(other, config)
+    path = write_checkpoint(tmp_path / "run", model=model, engine=engine)
+    load_optimizer(fresh, trained_parameters(other), path / "optimizer.safetensors")
+    expected, actual = optimizer_tensors(model, engine), optimizer_tensors(other, fresh)
     assert {name.split("::")[1] for name in expected} == {"step", "exp_avg", "exp_avg_sq"}
     assert expected.keys() == actual.keys()
     for name, value in expected.items():
@@ -359,12 +371,13 @@ def test_optimizer_of_another_trainable_set_is_refused(
     others: tuple[str, ...],
     strange: str,
 ):
-    optimizer = stepped(tiny.theworld().requires_grad_(True), run_config("world_projector", "vision_tower"))
-    path = write_checkpoint(tmp_path / "run", optimizer=optimizer)
-    fresh = build_optimizer(tiny.theworld().requires_grad_(True), run_config(*others))
+    model, other = tiny.theworld(), tiny.theworld()
+    engine = stepped(model, run_config("world_projector", "vision_tower"))
+    path = write_checkpoint(tmp_path / "run", model=model, engine=engine)
+    fresh = fresh_engine(other, run_config(*others))
     with pytest.raises(ConfigError, match=rf"another trainable set.*{strange}.*init_from"):
-        load_optimizer(fresh, path / "optimizer.safetensors")
-    assert not fresh.state, "nothing was taken over"
+        load_optimizer(fresh, trained_parameters(other), path / "optimizer.safetensors")
+    assert not fresh.optimizer.state, "nothing was taken over"
 
 
 # -- random states ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from theworld_train.config.schema import RunConfig
 from theworld_train.model.adapters import Adapter
 from theworld_train.model.build import gemma_4b_config
 from theworld_train.model.components import component_parameters
-from theworld_train.train.checkpoint import optimizer_tensors
+from theworld_train.train.checkpoint import take_snapshot
+from theworld_train.train.engine import ReplicatedEngine
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer, parameter_groups
 from theworld_train.train.ledger import (
@@ -82,7 +83,7 @@ def test_optimizer_bytes_are_those_of_its_state(
     optimizer.step()
     owners = {name: c.value for c, group in component_parameters(model).items() for name in group}
     held = dict.fromkeys((component.value for component in Component), 0)
-    kept = optimizer_tensors(optimizer)
+    kept = take_snapshot(model, ReplicatedEngine(model, lambda: optimizer), (), keep=True).optimizer
     for key, tensor in kept.items():
         held[owners[key.split("::")[0]]] += tensor.numel() * tensor.element_size()
     assert {row.component: row.optimizer_bytes for row in build_ledger(model, config).rows} == held
