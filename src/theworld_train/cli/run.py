@@ -25,8 +25,9 @@ def run(
     Example:
         theworld-train run configs/pipelines/quickstart.yaml output_dir=runs/second-try
     """
+    from theworld_train import hub
     from theworld_train.cli.tables import output
-    from theworld_train.config import config_kind, load_pipeline_config
+    from theworld_train.config import config_kind, load_pipeline_config, load_stage_configs
     from theworld_train.config.errors import ConfigError, Problem
     from theworld_train.pipeline.runner import SUMMARY_FILE, StageFailedError, run_pipeline
 
@@ -39,6 +40,15 @@ def run(
     pipeline = load_pipeline_config(paths[0], overrides)
     if pipeline.launcher and shutil.which(pipeline.launcher[0]) is None:
         raise ConfigError(Problem("no such program", source=paths[0], key="launcher", value=pipeline.launcher[0]))
+    # What stops a stage is told before the first one runs.
+    lock = hub.read_lock(hub.LOCK_FILE)
+    absent = [
+        problem
+        for config in load_stage_configs(pipeline, source=paths[0])
+        for problem in hub.ensure_local(config, lock, paths[0])
+    ]
+    if absent:
+        raise ConfigError(list(dict.fromkeys(absent)))
     console = output()
     try:
         summary = run_pipeline(pipeline, console)

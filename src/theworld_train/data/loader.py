@@ -135,7 +135,7 @@ def evaluation_batches(
 
 
 def check_budget(source: Source, collator: Collator, samples: int = 8) -> list[Problem]:
-    """Encodes a few samples and returns a problem if none of them is usable: the length is then set too low.
+    """Encodes a few samples and returns a problem if none of them is usable: as a rule the length is set too low.
 
     Args:
         source: The samples.
@@ -144,17 +144,19 @@ def check_budget(source: Source, collator: Collator, samples: int = 8) -> list[P
     """
     count = min(samples, len(source))
     lengths: list[int] = []
+    reason = ""
     for index in (i * len(source) // count for i in range(count)):
         try:
             sample = source[index]
             encoded = collator.encoder.encode(sample.messages, world=sample.world)
-        except (UnreadableSampleError, ValueError):
+        except (UnreadableSampleError, ValueError) as error:
+            reason = reason or str(error)
             continue
         if collator.fit(encoded) is not None:
             return []
         lengths.append(encoded.input_ids.shape[0])
     if not lengths:
-        return []
+        return [Problem(f"none of {count} samples can be read or encoded; the first one: {reason}", key="data")]
     message = (
         f"none of {len(lengths)} samples fits {collator.max_length} tokens with its images and a part of its answer; "
         f"the shortest has {min(lengths)}"

@@ -100,6 +100,14 @@ class TheWorldProcessor(Gemma3Processor):
             world_latent_channels: Channels of the VAE's latents.
             **kwargs: Passed on to transformers.
         """
+        for name, value, known in (
+            ("world_resize", world_resize, ("pad", "crop", "stretch")),
+            ("world_tokens", world_tokens, ("spatial", "channel")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if world_resolution < 8 or world_resolution % 8:
+            raise ValueError(f"world_resolution must be a positive multiple of 8, got {world_resolution}")
         if not chat_template or not _MARKS_GENERATED_TEXT.search(chat_template):
             chat_template = CHAT_TEMPLATE
         super().__init__(

@@ -152,7 +152,7 @@ class Trainer:
                 started = time.perf_counter()
         finally:
             windows.close()
-        if check is not None:
+        if check is not None and self._first_step < self._max_steps:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
         if evaluation is None:
             evaluation = self._evaluate(self._max_steps)

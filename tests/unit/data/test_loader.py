@@ -247,7 +247,12 @@ def test_an_evaluation_drops_each_unusable_sample_once(fake_source: Sources, enc
 
 def test_check_budget_is_silent_if_any_sample_fits(fake_source: Sources, encoder: Encoder) -> None:
     assert check_budget(fake_source(4, long=frozenset({0, 1, 2})), Collator(encoder, 50)) == []
-    assert check_budget(fake_source(4, unreadable=frozenset(range(4))), Collator(encoder, 50)) == []
+    assert check_budget(fake_source(4, unreadable=frozenset({0, 1, 2})), Collator(encoder, 50)) == []
+
+
+def test_check_budget_tells_why_no_sample_can_be_read(fake_source: Sources, encoder: Encoder) -> None:
+    (problem,) = check_budget(fake_source(4, unreadable=frozenset(range(4))), Collator(encoder, 50))
+    assert "none of 4 samples can be read or encoded; the first one: " in str(problem)
 
 
 def test_check_budget_tells_how_long_the_samples_are(fake_source: Sources, encoder: Encoder) -> None:
