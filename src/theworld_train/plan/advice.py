@@ -32,7 +32,6 @@ TIGHT_SHARE = 0.03
 #: Resolutions that advice tries below the config's, largest first.
 RESOLUTIONS = (384, 256, 224)
 
-_RESERVED = "reserved"
 #: Optimizer steps of a dry run: the optimizer's state comes with the first one.
 _STEPS = 2
 
@@ -214,8 +213,9 @@ class Planner:
     def largest_micro_batch(self, setting: Setting, gpu: GpuSpec) -> int:
         """Returns the largest micro-batch that fits, 0 if none does.
 
-        Each phase's peak is a straight line over the samples, and nearly so what is reserved: both are laid through dry
-        runs of one and of two.
+        Memory at each place of a step is a straight line over the samples, laid through dry runs of one and of two. The
+        peak is the highest of the lines: it may bend where another place takes over. What the allocator wastes is taken
+        to grow with it.
         """
         most = max(1, self.config.training.global_batch_size // setting.ranks)
         one = self._with_size(setting, 1)
@@ -224,22 +224,23 @@ class Planner:
             return 0
         if most == 1:
             return 1
-        base = self.timeline(one).phase_peaks(_STEPS - 1) | {_RESERVED: need.reserved}
-        more = self._growth(setting)
+        lines = self.lines(setting)
+        waste = need.reserved / need.peak.total
         room = gpu.usable_gib * GIB - need.overhead
 
         def fits(size: int) -> bool:
-            return size == 1 or max(base[line] + (size - 1) * more[line] for line in base) <= room
+            return size == 1 or max(base + (size - 1) * more for base, more in lines) * waste <= room
 
         return bisect(range(1, most + 1), False, key=lambda size: not fits(size))
 
-    def _growth(self, setting: Setting) -> dict[str, int]:
-        """Returns the bytes that a further sample adds to each phase's peak and to what is reserved, in step 0."""
-        timelines = [self.timeline(self._with_size(setting, size), steps=1) for size in (1, 2)]
-        one, two = (
-            timeline.phase_peaks(0) | {_RESERVED: reserved_bytes(timeline.held_until(0))} for timeline in timelines
-        )
-        return {line: two[line] - one[line] for line in one}
+    def lines(self, setting: Setting) -> list[tuple[int, int]]:
+        """Returns, for each place of a step, the bytes of a micro-batch of one and those that a further sample adds.
+
+        The first step says what a sample adds; the last one has the optimizer's state.
+        """
+        one, two = (self.timeline(self._with_size(setting, size), steps=1).peaks_by_place(0) for size in (1, 2))
+        last = self.timeline(self._with_size(setting, 1)).peaks_by_place(_STEPS - 1)
+        return [(base, two[place] - one[place]) for place, base in last.items() if place in one and place in two]
 
     def _with_size(self, setting: Setting, size: int) -> Setting:
         return Setting(setting.strategy, setting.ranks, setting.offload, size)

@@ -16,7 +16,7 @@ from theworld_train.accounting.tokens import latent_frames
 from theworld_train.assemble import build_stage, describe_model, open_inputs
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import HubSource, RunConfig, frames_of
+from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of
 from theworld_train.data import Collator, Window
 from theworld_train.model.build import build_on_meta
 from theworld_train.model.components import COMPONENT_PATHS, component_parameters
@@ -42,18 +42,16 @@ _MEASURED_SAMPLES = 64
 
 @dataclass(frozen=True)
 class SampleShape:
-    """The shape of one sample.
+    """The shape of one sample, which holds one image and, with a world path, one world block.
 
     Attributes:
         positions: Tokens, image and world tokens included.
         supervised: Tokens that the model has to predict.
-        images: Images for the vision tower.
-        frames: Frames of each world block; one block for each image.
+        frames: Frames of the world block.
     """
 
     positions: int
     supervised: int
-    images: int = 1
     frames: int = 1
 
 
@@ -94,6 +92,8 @@ class DryRun:
         shape: Shape of each sample.
         micro_batch_size: Samples in a micro-batch.
         steps: Optimizer steps.
+        compute_size: Bytes of an element that is computed with.
+        optimizer: Name of the optimizer.
         parameters: Every parameter of the model, tied ones once.
     """
 
@@ -102,6 +102,8 @@ class DryRun:
     shape: SampleShape
     micro_batch_size: int
     steps: int
+    compute_size: int
+    optimizer: OptimizerName
     parameters: tuple[PlannedParameter, ...]
 
     @property
@@ -204,15 +206,15 @@ def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch: 
     input_ids = torch.tensor([ids] * size)
     vision = architecture.vision_config
     side = architecture.world_resolution
-    frames = size * shape.images * shape.frames
+    has_world = architecture.enable_world
     return Batch(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
         token_type_ids=(input_ids == image).long(),
         labels=torch.tensor([labels] * size),
-        pixel_values=torch.zeros(size * shape.images, 3, vision.image_size, vision.image_size),
-        world_frames=torch.zeros(frames, 3, side, side) if architecture.enable_world else None,
-        world_frame_counts=(shape.frames,) * (size * shape.images) if architecture.enable_world else (),
+        pixel_values=torch.zeros(size, 3, vision.image_size, vision.image_size),
+        world_frames=torch.zeros(size * shape.frames, 3, side, side) if has_world else None,
+        world_frame_counts=(shape.frames,) * size if has_world else (),
         sample_ids=tuple(str(index) for index in range(size)),
         kinds=("plan",) * size,
     )
@@ -301,7 +303,7 @@ def dry_run(
         supervised: Supervised tokens of a sample; all of its text if absent.
         architecture: The model's config instead of the one that the run config names.
         steps: Optimizer steps; the optimizer's state comes with the first, so the second is the one that counts.
-        gathered: Whether parameters are in bf16 throughout, as a sharding engine gathers them for the layer at work.
+        gathered: Whether parameters have the dtype of the computation, as sharding engines gather them layer by layer.
     """
     architecture = describe_model(config) if architecture is None else architecture
     shape = sample_shape(config, architecture, positions, supervised)
@@ -347,9 +349,10 @@ def trace_steps(
     ledger = build_ledger(model, config)
     units = _units(stage, model)
     parameters = _parameters(stage, model, units)
+    computed = torch.float32 if config.precision == "fp32" else torch.bfloat16
     if gathered:
         for parameter in stage.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(computed)
     optimizer = build_optimizer(model, config)
     if device == "cuda":
         for group in optimizer.param_groups:
@@ -383,6 +386,8 @@ def trace_steps(
         shape=shape,
         micro_batch_size=size,
         steps=steps,
+        compute_size=computed.itemsize,
+        optimizer=config.optimizer.name,
         parameters=parameters,
     )
 

@@ -10,15 +10,14 @@ from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.plan.dry_run import DryRun, PlannedParameter
 from theworld_train.plan.timeline import Span, Timeline, spans
 from theworld_train.plan.tracker import OPTIMIZER, Allocation, Category
+from theworld_train.train.groups import state_bytes
 
-StrategyName = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
+StrategyName = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
 Offload = Literal["none", "optimizer", "all"]
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 
-#: Bytes of fp32, in which gradients are reduced and masters and moments are kept, and of the dtype that is gathered.
-_FP32, _BF16 = 4, 2
-#: Moments of AdamW.
-_MOMENTS = 2
+#: Bytes of fp32, in which gradients are reduced.
+_FP32 = 4
 #: Elements that DeepSpeed collects before it reduces gradients (`reduce_bucket_size`, its default).
 _BUCKET = 500_000_000
 
@@ -46,8 +45,8 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("ddp", "every rank holds everything", ("none",)),
         Strategy("zero1", "optimizer state is sharded", ("none", "optimizer")),
         Strategy("zero2", "optimizer state and gradients are sharded", ("none", "optimizer")),
-        Strategy("zero3", "weights are sharded too, DeepSpeed's way", ("none", "optimizer", "all"), gathers=True),
         Strategy("fsdp2", "weights are sharded too, PyTorch's way", ("none", "all"), gathers=True),
+        Strategy("zero3", "weights are sharded too, DeepSpeed's way", ("none", "optimizer", "all"), gathers=True),
     )
 }
 
@@ -138,9 +137,9 @@ def _replicated(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, a
         else:
             yield span
     if not shares_gradients and trained:
-        yield Span(trained * _gradient_size(run), "gradients", OPTIMIZER, 0, last)
+        yield Span(trained * _stored_size(run), "gradients", OPTIMIZER, 0, last)
     if shares_state and trained:
-        yield Span(min(trained, _BUCKET) * _gradient_size(run), "temporaries", OPTIMIZER, 0, last)
+        yield Span(min(trained, _BUCKET) * _stored_size(run), "temporaries", OPTIMIZER, 0, last)
         if not on_host:
             yield Span(_share(trained * _FP32, ranks), "masters", OPTIMIZER, 0, last)
 
@@ -154,9 +153,9 @@ def _gathered(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, acc
     inside = {parameter.name for parameter in run.parameters if parameter.unit is not None}
     for allocation in _allocations(run):
         if _is_update(allocation):
-            if offload == "none":  # of shards in fp32, where the run has updated whole parameters in bf16
+            if offload == "none":  # of shards as they are stored, where the run has updated what it computes with
                 span = _span(allocation, last)
-                yield replace(span, size=_share(span.size * _FP32 // _BF16, ranks))
+                yield replace(span, size=_share(span.size * _stored_size(run) // run.compute_size, ranks))
         elif allocation.parameter not in inside:
             yield _span(allocation, last)
     sharded = [parameter for parameter in run.parameters if parameter.unit is not None]
@@ -166,7 +165,8 @@ def _gathered(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, acc
             kind: Category = "masters" if parameter.trains and parameter.itemsize == _FP32 else "weights"
             yield Span(elements * parameter.itemsize, kind, parameter.component, 0, last)
         if parameter.trains and offload == "none":
-            yield Span(elements * _FP32 * _MOMENTS, "optimizer", parameter.component, 0, last)
+            size = state_bytes(elements, parameter.itemsize, run.optimizer)
+            yield Span(size, "optimizer", parameter.component, 0, last)
     yield from _Passes(run, ranks, offload, accumulates).spans()
     trained = sum(parameter.numel for parameter in sharded if parameter.trains)
     if strategy.name == "zero3" and trained:
@@ -209,12 +209,12 @@ class _Passes:
             for position, (start, unit) in enumerate(order):
                 end = ends[position]
                 yield from self._parameters(unit, start, end)
-                yield from self._buffer(unit, _BF16, filled, start)
+                yield from self._incoming(unit, filled, start)
                 filled = start
                 done[unit, index] = end
-                yield from self._buffer(unit, _FP32, end, ends[min(position + 1, len(ends) - 1)])
+                yield from self._outgoing(unit, end, ends[min(position + 1, len(ends) - 1)])
             done["", index] = backward[1]
-            yield from self._buffer("", _FP32, backward[1] - 1, backward[1])
+            yield from self._outgoing("", backward[1] - 1, backward[1])
         yield from self._gradients(done)
 
     def _forward_pass(self, forward: tuple[int, int], backward: tuple[int, int]) -> Iterator[Span]:
@@ -226,21 +226,29 @@ class _Passes:
         )
         first = calls[0][0] if calls else forward[1]
         yield from self._parameters("", forward[0], backward[1])
-        yield from self._buffer("", _BF16, forward[0], first)
+        yield from self._incoming("", forward[0], first)
         starts = [start for start, _, _ in calls[1:]] + [forward[1]]
         for (start, end, unit), following in zip(calls, starts, strict=True):
             yield from self._parameters(unit, start, end)
-            yield from self._buffer(unit, _BF16, start, following)
+            yield from self._incoming(unit, start, following)
 
     def _parameters(self, unit: str, start: int, end: int) -> Iterator[Span]:
         """Whole parameters of a unit."""
         if end > start:
             for parameter in self._members.get(unit, []):
-                yield Span(parameter.numel * _BF16, "weights", parameter.component, start, end)
+                yield Span(parameter.numel * self._run.compute_size, "weights", parameter.component, start, end)
 
-    def _buffer(self, unit: str, itemsize: int, start: int, end: int) -> Iterator[Span]:
-        """The one buffer in which a unit's parameters come (in bf16), or its gradients go (in fp32)."""
-        members = [member for member in self._members.get(unit, []) if itemsize == _BF16 or member.trains]
+    def _incoming(self, unit: str, start: int, end: int) -> Iterator[Span]:
+        """The one buffer in which a unit's parameters come."""
+        yield from self._buffer(self._members.get(unit, []), self._run.compute_size, start, end)
+
+    def _outgoing(self, unit: str, start: int, end: int) -> Iterator[Span]:
+        """The one buffer in which a unit's gradients go."""
+        trained = [member for member in self._members.get(unit, []) if member.trains]
+        yield from self._buffer(trained, _FP32, start, end)
+
+    @staticmethod
+    def _buffer(members: list[PlannedParameter], itemsize: int, start: int, end: int) -> Iterator[Span]:
         if members and end > start:
             size = sum(member.numel for member in members) * itemsize
             yield Span(size, "temporaries", max(members, key=lambda member: member.numel).component, start, end)
@@ -258,7 +266,7 @@ class _Passes:
             yield replace(span, category="temporaries", end=whole)
             if self._offload == "none" and span.end > whole:
                 start = _step_start(self._run, allocation) if self._accumulates else whole
-                yield replace(span, size=_shard(parameter, self._ranks) * _FP32, start=start)
+                yield replace(span, size=_shard(parameter, self._ranks) * parameter.itemsize, start=start)
 
 
 def _stretches(run: DryRun, phase: str) -> list[tuple[int, int]]:
@@ -313,5 +321,6 @@ def _shard(parameter: PlannedParameter, ranks: int) -> int:
     return _share(rows, ranks) * (parameter.numel // max(1, rows))
 
 
-def _gradient_size(run: DryRun) -> int:
+def _stored_size(run: DryRun) -> int:
+    """Returns the bytes of an element of what trains, and so of its gradient and moments."""
     return max((parameter.itemsize for parameter in run.parameters if parameter.trains), default=_FP32)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from theworld_train.plan.tracker import CATEGORIES, Category, Event, Trace
 
+#: Where in a step memory is taken: phase, module and operator.
+Place = tuple[str, str, str]
 #: CUDA's caching allocator hands out multiples of this many bytes.
 CUDA_BLOCK = 512
 
@@ -107,10 +109,14 @@ class Timeline:
                 peaks[event.phase] = max(peaks.get(event.phase, 0), total)
         return peaks
 
-    def held_until(self, step: int) -> tuple[Span, ...]:
-        """Returns what is held up to the end of an optimizer step, none of it later than that."""
-        end = next((index for index, event in enumerate(self._events) if event.step > step), len(self._events))
-        return tuple(replace(span, end=min(span.end, end)) for span in self.held if span.start < end)
+    def peaks_by_place(self, step: int) -> dict[Place, int]:
+        """Returns the most memory at each place of one optimizer step."""
+        peaks: dict[Place, int] = {}
+        for event, total in zip(self._events, self.total.tolist(), strict=True):
+            if event.step == step and event.is_birth:
+                place = (event.phase, event.allocation.module, event.allocation.op)
+                peaks[place] = max(peaks.get(place, 0), total)
+        return peaks
 
     def peak(self, step: int | None = None) -> Peak:
         """Returns the moment of most memory in one optimizer step, or in all of the trace."""

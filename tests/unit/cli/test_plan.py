@@ -75,7 +75,7 @@ def test_a_picture_is_drawn(call: Call, tiny_run: str, tmp_path: Path):
     [
         (["--gpu", "h100-90gb"], "did you mean"),
         (["--strategy", "zero4"], "did you mean"),
-        (["--strategy", "ddp", "--offload", "all"], "zero3, fsdp2"),
+        (["--strategy", "ddp", "--offload", "all"], "fsdp2, zero3"),
         (["--offload", "optimiser"], "did you mean 'optimizer'"),
         (["--gpus", "none"], "numbers above zero"),
         (["--positions", "20"], "too few for one image"),

@@ -64,6 +64,25 @@ def test_sharding_shares_weights_too(gathered: DryRun, name: str):
     assert held(gathered, name, 4, "masters", "all") == held(gathered, name, 4, "optimizer", "all") == 0
 
 
+def test_updates_work_on_shares_in_the_dtype_that_is_stored(gathered: DryRun):
+    def updates(ranks: int) -> int:
+        timeline = rank_timeline(gathered, STRATEGIES["fsdp2"], ranks)
+        begins = {i for i, event in enumerate(gathered.trace.events) if event.phase == "optimizer"}
+        return sum(s.size for s in timeline.held if s.category == "temporaries" and s.start in begins)
+
+    made = (event.allocation for event in gathered.trace.events if event.is_birth and event.phase == "optimizer")
+    whole = sum(allocation.size for allocation in made if allocation.category == "temporaries")
+    assert updates(4) == pytest.approx(whole * 4 / 2 / 4, rel=0.01)
+
+
+def test_computing_in_fp32_gathers_fp32():
+    config = run_config().model_copy(update={"precision": "fp32"})
+    run = dry_run(config, architecture=architecture(), gathered=True)
+    layer = next(parameter for parameter in run.parameters if parameter.unit)
+    sizes = {s.size for s in rank_timeline(run, STRATEGIES["fsdp2"], 4).held if s.category == "weights"}
+    assert 4 * layer.numel in sizes
+
+
 def test_frozen_encoders_outside_of_the_engine_stay_whole(vision: DryRun):
     outside = sum(p.numel * p.itemsize for p in vision.parameters if p.unit is None)
     assert outside
@@ -80,5 +99,5 @@ def test_unknown_names_are_answered_with_the_nearest():
         strategy_of("fdsp2")
     with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
         offload_of("optimiser")
-    with pytest.raises(ConfigError, match="these can: zero3, fsdp2"):
+    with pytest.raises(ConfigError, match="these can: fsdp2, zero3"):
         strategy_of("ddp", "all")

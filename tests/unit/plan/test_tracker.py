@@ -80,6 +80,7 @@ def test_every_category_is_told_from_the_others():
     assert sum(a.size for a in found if a.category == "optimizer") == 2 * weight + 4
     # The output of exp is what its derivative needs; the layer's own output is not.
     assert {a.op for a in found if a.category == "activations"} >= {"exp"}
+    assert {a.category for a in found if a.op == "mm" and a.phase == "forward"} == {"temporaries"}
     assert "mm" not in {a.op for a in found if a.category == "activations" and a.phase == "backward"}
     assert all(a.category != "activations" for a in found if a.phase == "optimizer")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from theworld_train.train.loss import num_chunks, supervised_loss
+from theworld_train.train.loss import num_chunks, reference_loss, supervised_loss
 
 HIDDEN, VOCABULARY = 8, 50
 SHAPE = (3, 12)
@@ -52,6 +52,20 @@ def plain(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
     logits = functional.linear(hidden, head.weight)[:, :-1].float()
     targets = labels[:, 1:]
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def test_the_reference_loss_is_the_plain_one_and_keeps_its_logits(hidden: Tensor, labels: Tensor, head: CountingHead):
+    mask = torch.ones(SHAPE, dtype=torch.int64)
+    mask[1, -1:] = 0  # a supervised token of the padding does not count
+    found = reference_loss(hidden, labels, mask, head)
+    expected = plain(hidden, labels.masked_fill(mask == 0, -100), head)
+    assert found.loss_sum.item() == pytest.approx(expected.item(), rel=1e-6)
+    for one, other in zip(gradients(found.loss_sum, hidden, head), gradients(expected, hidden, head), strict=True):
+        torch.testing.assert_close(one, other)
+    assert found.logits is not None
+    assert found.logits.shape == (*SHAPE, VOCABULARY)
+    assert found.logits.dtype == torch.float32
+    assert head.calls == [SHAPE[0]]
 
 
 def gradients(loss: Tensor, hidden: Tensor, head: nn.Module) -> tuple[Tensor, ...]:
