@@ -60,10 +60,10 @@ def test_the_largest_micro_batch_fits_and_four_times_as_many_do_not(planner: Cal
     assert plans.need(replace(setting, micro_batch_size=largest)).least <= GIB
     assert plans.need(replace(setting, micro_batch_size=4 * largest)).usual > GIB
     assert plans.largest_micro_batch(setting, gpu(20 * GIB)) == 64
-    # What the allocator has reserved for one sample leaves no room for a second one.
-    need = plans.need(setting)
-    assert plans.largest_micro_batch(setting, gpu(need.usual)) == 1
+    # Room for what two samples keep alive is not enough: the allocator wastes some.
+    need, two = plans.need(setting), max(base + more for base, more in plans.lines(setting))
     assert need.reserved > 1.05 * need.peak.total
+    assert plans.largest_micro_batch(setting, gpu(need.overhead + 1.02 * two)) == 1
     assert plans.largest_micro_batch(plans.setting("ddp", 1), gpu(CONTEXT_BYTES)) == 0
 
 
