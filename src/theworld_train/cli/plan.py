@@ -40,7 +40,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw memory over the step into this PNG file.")] = None,
 ) -> None:
-    """Plan the memory of one or several runs without a GPU, by two optimizer steps of the trainer over fake tensors.
+    """Plan memory and time of runs without a GPU, by two optimizer steps of the trainer over fake tensors.
 
     Nothing is downloaded and no weights are read. With several kinds of GPU, or numbers of them, a table says for each
     which strategy fits.
@@ -140,6 +140,7 @@ def _rows(planner: Planner, setting: Setting, kinds: Sequence[GpuSpec]) -> Itera
             "largest_micro_batch": assessment.largest_micro_batch,
             "change": _change_row(assessment.change),
             "least": _change_row(assessment.least),
+            "time": _time_row(planner, setting, kind),
         }
 
 
@@ -180,6 +181,8 @@ def _print_one(planner: Planner, settings: Sequence[Setting], kinds: Sequence[Gp
     )
     assessments = [planner.assess(setting, kinds[0]) if kinds else None for setting in settings]
     console.print(_strategy_table(planner, settings, assessments))
+    if kinds:
+        console.print(_time_table(planner, settings, kinds[0]))
     peak = planner.need(first).peak
     place = f"{peak.op} in {peak.module}" if peak.module else peak.op
     console.print(f"The peak of {first.strategy.name} comes in {peak.phase}, at {place}:", highlight=False)
@@ -208,6 +211,52 @@ def _strategy_table(planner: Planner, settings: Sequence[Setting], assessments: 
             cells += [verdict.word, f"{verdict.margin / GIB:+.2f}", str(assessment.largest_micro_batch)]
         table.add_row(*cells)
     return table
+
+
+def _time_table(planner: Planner, settings: Sequence[Setting], gpu: GpuSpec) -> Table:
+    """Returns the table of times, each as the expected one with the best and the worst."""
+    from rich import box
+    from rich.table import Table
+
+    from theworld_train.plan.timing import plan_time
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("strategy")
+    for heading in ("step (s)", "exchange", "tokens/s", "MFU", "run (h)", "GPU hours"):
+        table.add_column(heading, justify="right")
+    for setting in settings:
+        if setting.offload != "none":
+            continue  # what moves to and from the host is not timed
+        planned = plan_time(planner.config, planner.run(setting), setting, gpu)
+        step, run = planned.step, planned.run
+        table.add_row(
+            setting.strategy.name,
+            f"{step.seconds.expected:.2f} ({step.seconds.best:.2f}-{step.seconds.worst:.2f})",
+            f"{step.exposed / step.seconds.expected:.0%}",
+            f"{step.tokens_per_second.expected:,.0f}",
+            f"{step.mfu.expected:.0%}",
+            "-" if run is None else f"{run.seconds.expected / 3600:.1f}",
+            "-" if run is None else f"{run.gpu_hours.expected:,.1f}",
+        )
+    return table
+
+
+def _time_row(planner: Planner, setting: Setting, gpu: GpuSpec) -> dict[str, Any] | None:
+    from theworld_train.plan.timing import plan_time
+
+    if setting.offload != "none":
+        return None
+    planned = plan_time(planner.config, planner.run(setting), setting, gpu)
+    step, run = planned.step, planned.run
+    return {
+        "step_s": step.seconds._asdict(),
+        "communication_s": step.communication,
+        "exposed_communication_s": step.exposed,
+        "tokens_per_s": step.tokens_per_second._asdict(),
+        "mfu": step.mfu._asdict(),
+        "run_s": None if run is None else run.seconds._asdict(),
+        "gpu_hours": None if run is None else run.gpu_hours._asdict(),
+    }
 
 
 def _peak_table(parts: dict[Any, int]) -> Table:

@@ -1,0 +1,77 @@
+"""What a step takes in time: the run config's sizes, put into the closed formulas of `accounting`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from theworld_train.accounting.collectives import Collective, Exchanged, collectives
+from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
+from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
+from theworld_train.accounting.step_time import RunTime, StepTime, run_time, step_time
+from theworld_train.assemble import describe_model
+from theworld_train.config.schema import RunConfig
+from theworld_train.plan.advice import Setting
+from theworld_train.plan.dry_run import DryRun
+
+
+@dataclass(frozen=True)
+class PlannedTime:
+    """What a run takes in time on one kind of GPU.
+
+    Attributes:
+        step: One optimizer step.
+        run: The whole run, if the config says how many steps it has.
+    """
+
+    step: StepTime
+    run: RunTime | None
+
+
+def plan_time(
+    config: RunConfig, dry: DryRun, setting: Setting, gpu: GpuSpec, shares: Efficiencies | None = None
+) -> PlannedTime:
+    """Returns the time of a run.
+
+    Args:
+        config: The run config.
+        dry: The dry run that its memory was planned by, for the shape of a sample and the parameters.
+        setting: How the run is laid out.
+        gpu: What it runs on.
+        shares: Of the GPU's peaks, as measured; the shipped ones if absent.
+    """
+    training, samples = config.training, setting.micro_batch_size * setting.ranks
+    accumulation = max(1, math.ceil(training.global_batch_size / samples))
+    shares = efficiencies(gpu) if shares is None else shares
+    work = step_work(
+        StepModel.from_config(describe_model(config).to_dict()),
+        StepShape(
+            setting.micro_batch_size,
+            dry.shape.positions,
+            dry.shape.supervised,
+            frames=dry.shape.frames,
+            gradient_accumulation_steps=accumulation,
+        ),
+        StepSettings(
+            trainable=frozenset(config.trainable),
+            gradient_checkpointing=training.gradient_checkpointing,
+            attention="eager" if config.model.attention == "eager" else "sdpa",
+            chunk_size=training.loss_chunk_size,
+            precision="fp32" if config.precision == "fp32" else "bf16",
+            world_encoder_precision="bf16" if config.model.world.encoder_dtype == "bfloat16" else "fp32",
+            optimizer_shards=1 if setting.strategy.name == "ddp" else setting.ranks,
+        ),
+    )
+    exchanges: tuple[Collective, ...] = ()
+    if setting.ranks > 1:
+        wrapped = [parameter for parameter in dry.parameters if parameter.unit is not None]
+        sizes = {trains: sum(math.prod(p.shape) for p in wrapped if p.trains is trains) for trains in (True, False)}
+        units = len({parameter.unit for parameter in wrapped})
+        gathered = 4 if config.precision == "fp32" else 2
+        exchanges = collectives(
+            setting.strategy.name, Exchanged(sizes[True], sizes[False], units, gathered), accumulation
+        )
+    precision = "fp32" if config.precision == "fp32" else "bf16"
+    step = step_time(work, gpu, shares, ranks=setting.ranks, exchanges=exchanges, precision=precision)
+    steps = training.max_steps
+    return PlannedTime(step, None if steps is None else run_time(step, steps, setting.ranks))
