@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from theworld_train.cli.arguments import split_overrides
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from theworld_train.accounting.gpus import GpuSpec
+    from theworld_train.accounting.gpus import Efficiencies, GpuSpec
     from theworld_train.plan.advice import Assessment, Change, Planner, Setting
     from theworld_train.plan.strategies import Offload
 
@@ -39,6 +40,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw memory over the step into this PNG file.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="A run directory: hold the run against its plan, and take efficiencies from it.")
+    ] = None,
 ) -> None:
     """Plan memory and time of runs without a GPU, by two optimizer steps of the trainer over fake tensors.
 
@@ -64,6 +68,7 @@ def plan(
     kinds = [gpu_spec(name, key="--gpu") for name in _names(gpu)]
     kept = offload_of(offload)
     chosen: list[str] = [strategy_of(name, kept).name for name in _names(strategy)]
+    shares = None if calibrate is None else _shares(calibrate, kinds, positions, supervised)
     able = [name for name, each in STRATEGIES.items() if kept in each.offloads]
     configs = [load_run_config(path, overrides) for path in paths]
     planners = [Planner(config, positions, supervised) for config in configs]
@@ -82,12 +87,30 @@ def plan(
 
         draw(plot, *settings[0])
     if as_json:
-        rows = [row for planner, setting in settings for row in _rows(planner, setting, kinds)]
+        rows = [row for planner, setting in settings for row in _rows(planner, setting, kinds, shares)]
         typer.echo(json.dumps({"plans": rows}, indent=1))
     elif len(planners) * len(ranks) * max(1, len(kinds)) > 1:
         _print_matrix(planners, ranks, kinds, layouts, kept)
     else:
-        _print_one(planners[0], [setting for _, setting in settings], kinds)
+        _print_one(planners[0], [setting for _, setting in settings], kinds, shares)
+
+
+def _shares(directory: Path, kinds: Sequence[GpuSpec], positions: int | None, supervised: int | None) -> Efficiencies:
+    """Prints a measured run beside its plan and returns the efficiencies that follow."""
+    from theworld_train.config.errors import ConfigError, Problem
+    from theworld_train.plan.calibration import calibrate_by, read_run
+
+    if len(kinds) != 1:
+        raise ConfigError(Problem("names the one kind of GPU that the run was measured on", key="--gpu"))
+    found = calibrate_by(read_run(directory), kinds[0], positions, supervised)
+    measured = statistics.median(found.run.steps)
+    typer.echo(
+        f"{found.run.config.name}, measured on {found.run.ranks} x {found.run.device}: a step of {measured:.3f} s "
+        f"({found.planned_seconds:.3f} planned), a peak of {_gib(found.run.peak)} GiB "
+        f"({_gib(found.planned_peak)} planned)",
+        err=True,
+    )
+    return found.shares
 
 
 def _names(text: str) -> list[str]:
@@ -106,7 +129,9 @@ def _numbers(text: str) -> list[int]:
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(planner: Planner, setting: Setting, kinds: Sequence[GpuSpec]) -> Iterator[dict[str, Any]]:
+def _rows(
+    planner: Planner, setting: Setting, kinds: Sequence[GpuSpec], shares: Efficiencies | None
+) -> Iterator[dict[str, Any]]:
     need, run = planner.need(setting), planner.run(setting)
     row = {
         "name": planner.config.name,
@@ -140,7 +165,7 @@ def _rows(planner: Planner, setting: Setting, kinds: Sequence[GpuSpec]) -> Itera
             "largest_micro_batch": assessment.largest_micro_batch,
             "change": _change_row(assessment.change),
             "least": _change_row(assessment.least),
-            "time": _time_row(planner, setting, kind),
+            "time": _time_row(planner, setting, kind, shares),
         }
 
 
@@ -167,7 +192,9 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _print_one(planner: Planner, settings: Sequence[Setting], kinds: Sequence[GpuSpec]) -> None:
+def _print_one(
+    planner: Planner, settings: Sequence[Setting], kinds: Sequence[GpuSpec], shares: Efficiencies | None
+) -> None:
     """Prints one run on one kind of GPU: every strategy, and what the first one's peak consists of."""
     from theworld_train.cli.tables import output
 
@@ -182,7 +209,7 @@ def _print_one(planner: Planner, settings: Sequence[Setting], kinds: Sequence[Gp
     assessments = [planner.assess(setting, kinds[0]) if kinds else None for setting in settings]
     console.print(_strategy_table(planner, settings, assessments))
     if kinds:
-        console.print(_time_table(planner, settings, kinds[0]))
+        console.print(_time_table(planner, settings, kinds[0], shares))
     peak = planner.need(first).peak
     place = f"{peak.op} in {peak.module}" if peak.module else peak.op
     console.print(f"The peak of {first.strategy.name} comes in {peak.phase}, at {place}:", highlight=False)
@@ -213,7 +240,7 @@ def _strategy_table(planner: Planner, settings: Sequence[Setting], assessments: 
     return table
 
 
-def _time_table(planner: Planner, settings: Sequence[Setting], gpu: GpuSpec) -> Table:
+def _time_table(planner: Planner, settings: Sequence[Setting], gpu: GpuSpec, shares: Efficiencies | None) -> Table:
     """Returns the table of times, each as the expected one with the best and the worst."""
     from rich import box
     from rich.table import Table
@@ -227,7 +254,7 @@ def _time_table(planner: Planner, settings: Sequence[Setting], gpu: GpuSpec) -> 
     for setting in settings:
         if setting.offload != "none":
             continue  # what moves to and from the host is not timed
-        planned = plan_time(planner.config, planner.run(setting), setting, gpu)
+        planned = plan_time(planner.config, planner.run(setting), setting, gpu, shares)
         step, run = planned.step, planned.run
         table.add_row(
             setting.strategy.name,
@@ -241,12 +268,12 @@ def _time_table(planner: Planner, settings: Sequence[Setting], gpu: GpuSpec) -> 
     return table
 
 
-def _time_row(planner: Planner, setting: Setting, gpu: GpuSpec) -> dict[str, Any] | None:
+def _time_row(planner: Planner, setting: Setting, gpu: GpuSpec, shares: Efficiencies | None) -> dict[str, Any] | None:
     from theworld_train.plan.timing import plan_time
 
     if setting.offload != "none":
         return None
-    planned = plan_time(planner.config, planner.run(setting), setting, gpu)
+    planned = plan_time(planner.config, planner.run(setting), setting, gpu, shares)
     step, run = planned.step, planned.run
     return {
         "step_s": step.seconds._asdict(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +43,7 @@ class Runtime:
             ConfigError: If the launcher asks for another engine than the config.
         """
         _refuse_other_engines(config)
+        self._first_high_water = _high_water()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(mode=True)
@@ -110,6 +113,17 @@ class Runtime:
         every = [torch.empty_like(own) for _ in range(self.world_size)]
         torch.distributed.all_gather(every, own)
         return cast(list[list[float]], torch.stack(every).tolist())
+
+    @property
+    def device_name(self) -> str:
+        """What this rank computes on, such as `NVIDIA H100 80GB HBM3` or `cpu`."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def memory_peak(self) -> int:
+        """Returns the most bytes that this rank has held: tensors on a GPU; on a CPU, what the process has grown by."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return _high_water() - self._first_high_water
 
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Returns a tensor summed over ranks; it stays on its device."""
@@ -211,6 +225,12 @@ class Runtime:
     def close(self) -> None:
         """Ends trackers and the process group."""
         self.accelerator.end_training()
+
+
+def _high_water() -> int:
+    """Returns the most bytes of physical memory that this process has held."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def take(iterator: Iterator[T]) -> tuple[T | None, Exception | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,6 +132,7 @@ class Trainer:
         """Trains from the first step to the last."""
         check = FreezingCheck(self._stage.model, self._engine.held) if self._config.training.verify_freezing else None
         evaluation: EvaluationResult | None = None
+        times: list[float] = []
         self._stage.set_training_modes()
         started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
@@ -143,6 +145,7 @@ class Trainer:
                     self._agree(check, result, done)
                     check = check if check.pending else None
                 seconds = time.perf_counter() - started
+                times.append(seconds)
                 self._report(done, result, seconds, waited)
                 # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
                 if self._is_due(done, self._config.checkpoint.every_steps):
@@ -152,6 +155,7 @@ class Trainer:
                 started = time.perf_counter()
         finally:
             windows.close()
+        self._report_resources(times[1:])
         if check is not None and self._first_step < self._max_steps:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
         if evaluation is None:
@@ -272,6 +276,22 @@ class Trainer:
         if self._progress is not None:
             speed = result.tokens / max(seconds, 1e-9)
             self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
+
+    def _report_resources(self, times: Sequence[float]) -> None:
+        """Writes what the run has really taken, for plans to be held against; the first step is not in the time."""
+        peak = max(int(rank) for (rank,) in self._runtime.exchange([self._runtime.memory_peak()]))
+        if self._metrics is None or not times:
+            return
+        self._metrics.write(
+            "resources",
+            self._max_steps,
+            {
+                "memory/peak_bytes": peak,
+                "time/step_s": statistics.median(times),
+                "ranks": self._runtime.world_size,
+                "device": self._runtime.device_name,
+            },
+        )
 
     def _evaluate(self, done: int) -> EvaluationResult | None:
         if self._held_out is None:
