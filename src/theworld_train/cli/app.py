@@ -34,6 +34,7 @@ class CommandEntry(NamedTuple):
 #: Every command, a line each, in the order of the list of commands.
 COMMANDS: dict[str, CommandEntry] = {
     "train": CommandEntry("theworld_train.cli.train:train", "Train one stage."),
+    "launch": CommandEntry("theworld_train.cli.launch:launch", "Train one stage on several processes or machines."),
     "run": CommandEntry("theworld_train.cli.run:run", "Run the stages of a pipeline one after the other."),
     "evaluate": CommandEntry("theworld_train.cli.evaluate:evaluate", "Measure a checkpoint, with ablations."),
     "generate": CommandEntry("theworld_train.cli.generate:generate", "Answer a question about an image or a clip."),

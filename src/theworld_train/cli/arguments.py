@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from theworld_train.config import ConfigError, Problem, config_kind, load_run_config
+from theworld_train.config.schema import RunConfig
+
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tells files from overrides among a command's arguments.
@@ -16,3 +19,25 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     paths = [argument for argument in arguments if "=" not in argument]
     return paths, [argument for argument in arguments if "=" in argument]
+
+
+def one_run_config(command: str, paths: Sequence[str], overrides: Sequence[str]) -> tuple[str, RunConfig]:
+    """Loads the config of a command that runs one stage.
+
+    Args:
+        command: The command's name.
+        paths: The files that it was given.
+        overrides: The overrides that it was given.
+
+    Returns:
+        The path and the config.
+
+    Raises:
+        ConfigError: If there is not exactly one file, or it is a pipeline, or anything in it is wrong.
+    """
+    if len(paths) != 1:
+        raise ConfigError(f"{command} takes one config, got {len(paths)}")
+    if config_kind(paths[0]) == "pipeline":
+        hint = f"theworld-train run {paths[0]}"
+        raise ConfigError(Problem("has stages, so it is a pipeline", source=paths[0], hint=hint))
+    return paths[0], load_run_config(paths[0], overrides)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from theworld_train.cli.arguments import split_overrides
+from theworld_train.cli.arguments import one_run_config, split_overrides
 
 
 def train(
@@ -21,22 +21,17 @@ def train(
         theworld-train train configs/stages/projection.yaml optimizer.lr=3e-4 training.max_steps=100
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
-    from theworld_train.config import config_kind, load_run_config
-    from theworld_train.config.errors import ConfigError, Problem
+    from theworld_train.config.errors import ConfigError
+    from theworld_train.launch import as_rank
 
     paths, overrides = split_overrides(arguments)
-    if len(paths) != 1:
-        raise ConfigError(f"train takes one config, got {len(paths)}")
-    with quiet_other_ranks():
-        if config_kind(paths[0]) == "pipeline":
-            hint = f"theworld-train run {paths[0]}"
-            raise ConfigError(Problem("has stages, so it is a pipeline", source=paths[0], hint=hint))
-        config = load_run_config(paths[0], overrides)
+    with as_rank(), quiet_other_ranks():
+        path, config = one_run_config("train", paths, overrides)
         offline()
         from theworld_train import hub
 
         lock = hub.read_lock(hub.LOCK_FILE)
-        if problems := hub.ensure_local(config, lock, paths[0]):
+        if problems := hub.ensure_local(config, lock, path):
             raise ConfigError(problems)
         config = hub.pin_revisions(config, lock)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import accumulation_steps
+from theworld_train.train.accelerate_settings import take_over
 from theworld_train.train.engine import (
     DeepSpeedEngine,
     Engine,
@@ -40,9 +41,9 @@ class Runtime:
         """Forms the process group that the launcher has announced, or none for a single process.
 
         Raises:
-            ConfigError: If the launcher asks for another engine than the config.
+            ConfigError: If `accelerate launch` has been told otherwise than the config.
         """
-        _refuse_other_engines(config)
+        take_over(config, os.environ)
         self._first_high_water = _high_water()
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -249,19 +250,3 @@ def _told(error: Exception) -> str:
 def _listed(numbers: Sequence[int], most: int = 8) -> str:
     shown = ", ".join(str(number) for number in numbers[:most])
     return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
-
-
-def _refuse_other_engines(config: RunConfig) -> None:
-    """Refuses an engine that `accelerate launch` was told to use and the config was not."""
-    problems = [
-        Problem(
-            f"`accelerate launch` asks for {name}, but runtime.strategy is {config.runtime.strategy!r}",
-            source="environment",
-            key=variable,
-            hint="launch with --multi_gpu (or torchrun); the strategy is set in the run config",
-        )
-        for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP"))
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes")
-    ]
-    if problems:
-        raise ConfigError(problems)
