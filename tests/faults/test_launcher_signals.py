@@ -1,4 +1,4 @@
-"""Signals reach every rank, nothing stays behind when the launcher dies, and the exit code tells how a run has ended."""
+"""Signals reach every rank, nothing outlives the launcher, and its exit code tells how a run has ended."""
 
 from __future__ import annotations
 

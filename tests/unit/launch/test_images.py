@@ -1,4 +1,4 @@
-"""Protects the images: pinned bases, hashed locks of the tested versions, no root, and nothing copied that is not there."""
+"""Protects the images: pinned bases, hashed locks of the tested versions, no root, nothing copied that is missing."""
 
 from __future__ import annotations
 

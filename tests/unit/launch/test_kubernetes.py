@@ -133,8 +133,8 @@ def test_train_job_uses_its_runtime():
     assert replicated["name"] == container["name"] == "node", "the names by which Trainer finds them"
 
 
-def commands() -> dict[str, tuple[list[str], int, int, str]]:
-    """Returns the arguments of each job, its machines, its GPUs on each, and the host name of its first machine."""
+def commands() -> dict[str, tuple[list[str], int, int]]:
+    """Returns the arguments of each job, its machines, and the GPUs on each."""
     spec = job_set_specs()[0]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     container = job["template"]["spec"]["containers"][0]

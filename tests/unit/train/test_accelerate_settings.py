@@ -18,6 +18,8 @@ from theworld_train.train.accelerate_settings import take_over
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "launch/accelerate").rglob("*.yaml"))
+OPTIMIZER_DEVICE = "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"
+PARAM_DEVICE = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
 Export = Callable[..., dict[str, str]]
@@ -119,15 +121,13 @@ def test_file_is_taken_for_its_own_strategy_and_refused_for_another(path: Path, 
 @pytest.mark.parametrize(
     ("fields", "settings", "variable", "values"),
     [
-        ({"offload_optimizer_device": "cpu"}, {}, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", ("'cpu'", "'none'")),
-        ({"offload_optimizer_device": "nvme"}, {"offload": "optimizer"}, "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE",
-         ("'nvme'", "'optimizer'")),
-        ({"offload_optimizer_device": "cpu"}, {"offload": "all"}, "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-         ("'none'", "'all'")),
+        ({"offload_optimizer_device": "cpu"}, {}, OPTIMIZER_DEVICE, ("'cpu'", "'none'")),
+        ({"offload_optimizer_device": "nvme"}, {"offload": "optimizer"}, OPTIMIZER_DEVICE, ("'nvme'", "'optimizer'")),
+        ({"offload_optimizer_device": "cpu"}, {"offload": "all"}, PARAM_DEVICE, ("'none'", "'all'")),
         ({"gradient_accumulation_steps": 2}, {}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("'2'", "4")),
         ({"gradient_clipping": 0.5}, {}, "ACCELERATE_GRADIENT_CLIPPING", ("'0.5'", "1.0")),
     ],
-)  # fmt: skip
+)
 def test_field_of_deepspeed_that_contradicts(
     fields: dict[str, Any], settings: dict[str, Any], variable: str, values: tuple[str, str], export: Export, file: Any
 ):
@@ -163,9 +163,7 @@ def test_deepspeed_config_is_compared_field_by_field(export: Export, file: Any, 
     }
     environment = export(file("DEEPSPEED", deepspeed_config=deepspeed_file(tmp_path, **fields)))
     found = problems(config("zero2"), environment)
-    assert set(found) == {
-        "gradient_accumulation_steps", "zero_optimization.offload_optimizer.device", "bf16.enabled"
-    }  # fmt: skip
+    assert set(found) == {"gradient_accumulation_steps", "zero_optimization.offload_optimizer.device", "bf16.enabled"}
     assert "asks for 4 (got 2)" in found["gradient_accumulation_steps"]
     assert "has no such setting (got 'cpu')" in found["zero_optimization.offload_optimizer.device"]
 
@@ -198,10 +196,14 @@ def test_deepspeed_config_that_cannot_be_read(text: str | None, export: Export, 
         ({}, {"offload": "all"}, "FSDP_OFFLOAD_PARAMS", ("'false'", "'all'")),
         ({"fsdp_reshard_after_forward": False}, {}, "FSDP_RESHARD_AFTER_FORWARD", ("'false'", "true")),
         ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, {}, "FSDP_AUTO_WRAP_POLICY", ("SIZE_BASED_WRAP", "TRANSFORMER")),
-        ({"fsdp_activation_checkpointing": True}, {"training": {"gradient_checkpointing": False}},
-         "FSDP_ACTIVATION_CHECKPOINTING", ("'true'", "False")),
+        (
+            {"fsdp_activation_checkpointing": True},
+            {"training": {"gradient_checkpointing": False}},
+            "FSDP_ACTIVATION_CHECKPOINTING",
+            ("'true'", "False"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_field_of_fsdp_that_contradicts(
     fields: dict[str, Any], settings: dict[str, Any], variable: str, values: tuple[str, str], export: Export, file: Any
 ):
