@@ -1,0 +1,67 @@
+"""`accelerate launch` with the files that ship runs the trainer's own engines, and a file that contradicts stops it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny import TinyCheckpoint
+from theworld_train.config import dump_config, parse_run_config
+from theworld_train.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 2
+
+
+@pytest.fixture
+def config(tiny: TinyCheckpoint, tmp_path: Path) -> Path:
+    """The config of a short run under FSDP2."""
+    values = {
+        "name": "short",
+        "output_dir": str(tmp_path / "run"),
+        "precision": "fp32",
+        "model": {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": 32}},
+        "trainable": {"world_projector": {}},
+        "data": {
+            "train": {"source": "moving_digits", "split": "train", "samples": 8, "frames": 1, "canvas": 32},
+            "num_workers": 0,
+        },
+        "training": {"max_steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
+        "runtime": {"strategy": "fsdp2"},
+    }
+    path = tmp_path / "short.yaml"
+    path.write_text(dump_config(parse_run_config(values)))
+    return path
+
+
+def accelerate(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(ROOT / "launch/accelerate/fsdp2.yaml"), "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--module", "theworld_train", "train", str(config), *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        command, env=environment, cwd=config.parent, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.distributed
+def test_file_of_the_same_strategy_trains(config: Path):
+    result = accelerate(config)
+    assert result.returncode == 0, result.stderr[-4000:]
+    steps = read_metrics(config.parent / "run/metrics.jsonl", "train")
+    assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
+    assert "2 rank(s)" in result.stdout
+
+
+@pytest.mark.distributed
+def test_file_of_another_strategy_is_refused_before_anything_is_read(config: Path):
+    result = accelerate(config, "runtime.strategy=ddp")
+    assert result.returncode != 0
+    assert "FSDP_VERSION: '2' contradicts runtime.strategy: 'ddp' of the run config" in result.stderr
+    assert len(re.findall("contradicts", result.stderr)) == 1, "one rank of a machine reports"
+    assert not (config.parent / "run").exists()
