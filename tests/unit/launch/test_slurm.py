@@ -48,7 +48,7 @@ printf '%s\\n' "$@" > "$STUB/srun"
 if [[ -n "${STUB_WAITS:-}" ]]; then
     trap 'touch "$STUB/notified"; exit "$STUB_CODE"' USR1
     touch "$STUB/waiting"
-    while true; do sleep 0.05; done
+    while kill -0 "$PPID"; do sleep 0.05; done
 fi
 exit "$STUB_CODE"
 """
