@@ -20,8 +20,8 @@ from theworld_train.config.schema import RunConfig
 SAVED_AND_STOPPED = 75
 #: What the shell adds to the number of the signal that has ended a process.
 SIGNAL_BASE = 128
-#: Signals that are passed on to the ranks.
-FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+#: Signals that are passed on to the ranks. SIGHUP is not among them: torchrun would take it even under nohup.
+FORWARDED = ("SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1")
 DEFAULT_PORT = 29500
 
 #: Read by the ranks: the process that they end with, and the directory where they leave their exit codes.
@@ -67,8 +67,8 @@ class Topology:
             if value < 1
         ]
         if self.node_rank is not None and not 0 <= self.node_rank < max(self.nnodes, 1):
-            hint = "machines are numbered from 0"
-            found.append(Problem(f"must be below --nnodes {self.nnodes}", "", "--node-rank", self.node_rank, hint))
+            message = f"must be below --nnodes {self.nnodes}, numbered from 0"
+            found.append(Problem(message, key="--node-rank", value=self.node_rank))
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             hint = "name the first machine, such as --rdzv-endpoint node0:29500"
             found.append(Problem("is needed for several machines", key="--rdzv-endpoint", hint=hint))
@@ -203,9 +203,9 @@ def run(command: LaunchCommand) -> int:
 
 def _stopped_code(outcomes: Path, nproc: int, received: signal.Signals) -> int:
     """Returns the exit code after a signal: what all ranks say, or else that the signal has ended them."""
-    codes = [int(path.read_text()) for path in outcomes.iterdir()]
-    if len(codes) == nproc and set(codes) <= {0, SAVED_AND_STOPPED}:
-        return max(codes)
+    codes = [path.read_text() for path in outcomes.iterdir()]
+    if len(codes) == nproc and set(codes) <= {"0", str(SAVED_AND_STOPPED)}:
+        return max(map(int, codes))
     return SIGNAL_BASE + received
 
 

@@ -68,15 +68,15 @@ def _contradictions(config: RunConfig, environment: Mapping[str, str]) -> Iterat
         yield from _fsdp(config, environment)
     if _is_set(environment, "ACCELERATE_USE_PARALLELISM_CONFIG"):
         yield from _parallelism(config, environment)
-    yield from _precision(config, environment)
+    yield from _steps(config, environment)
 
 
 def _deepspeed(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Problem]:
     """Compares DeepSpeed's fields, and those of the JSON file that may be named in their place."""
-    runtime, training = config.runtime, config.training
+    runtime = config.runtime
     named = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if named not in UNSET:
-        yield from _deepspeed_file(config, named, _accumulation(config, environment))
+        yield from _deepspeed_file(config, named, environment)
         return
     # What is not passed, Accelerate sets to this.
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
@@ -87,19 +87,9 @@ def _deepspeed(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Pr
         variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"
         if (device := environment.get(variable, "none")) != expected:
             yield _problem(variable, device, "runtime.offload", runtime.offload)
-    for variable, key, ours in (
-        (
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
-            "training.global_batch_size / micro_batch_size / ranks",
-            _accumulation(config, environment),
-        ),
-        ("ACCELERATE_GRADIENT_CLIPPING", "training.gradient_clip_norm", training.gradient_clip_norm or 0.0),
-    ):
-        if (value := environment.get(variable)) not in UNSET and float(str(value)) != ours:
-            yield _problem(variable, value, key, ours)
 
 
-def _deepspeed_file(config: RunConfig, named: str, accumulation: int) -> Iterator[Problem]:
+def _deepspeed_file(config: RunConfig, named: str, environment: Mapping[str, str]) -> Iterator[Problem]:
     """Compares every field of a DeepSpeed config with the one that the trainer makes."""
     try:
         asked = json.loads(Path(named).read_text())
@@ -110,7 +100,7 @@ def _deepspeed_file(config: RunConfig, named: str, accumulation: int) -> Iterato
     if not config.runtime.strategy.startswith("zero"):
         yield _problem("ACCELERATE_DEEPSPEED_CONFIG_FILE", named, "runtime.strategy", config.runtime.strategy)
         return
-    ours = _flat(deepspeed_settings(config, accumulation))
+    ours = _flat(deepspeed_settings(config, _accumulation(config, environment)))
     for key, value in _flat(asked).items():
         if value in UNSET or value == ours.get(key, False):
             continue
@@ -136,8 +126,8 @@ def _fsdp(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Problem
 
 def _parallelism(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Problem]:
     """Compares the sizes of the mesh of ranks: replicas and shards, and nothing else."""
-    world, local = int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
-    replicas = world // local if config.runtime.hybrid else 1
+    world, local = int(environment.get("WORLD_SIZE", "1")), int(environment.get("LOCAL_WORLD_SIZE", "0"))
+    replicas = world // (local or world) if config.runtime.hybrid else 1
     for name, expected in {"DP_REPLICATE": replicas, "DP_SHARD": world // replicas, "TP": 1, "CP": 1, "SP": 1}.items():
         variable = f"PARALLELISM_CONFIG_{name}_SIZE"
         if (size := environment.get(variable, str(expected))) != str(expected):
@@ -146,8 +136,15 @@ def _parallelism(config: RunConfig, environment: Mapping[str, str]) -> Iterator[
             yield _problem(variable, size, key, ours)
 
 
-def _precision(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Problem]:
-    """Compares precision and compilation, for any engine; "no" is what Accelerate writes where nothing is said."""
+def _steps(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Problem]:
+    """Compares what holds for any engine; for precision, "no" is what Accelerate writes where nothing is said."""
+    for variable, key, ours in (
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "accumulation by training.global_batch_size", _accumulation),
+        ("ACCELERATE_GRADIENT_CLIPPING", "training.gradient_clip_norm", _clip_norm),
+    ):
+        value = environment.get(variable)
+        if value not in UNSET and _number(value) != (own := ours(config, environment)):
+            yield _problem(variable, value, key, own)
     asked = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked not in ("no", config.precision):
         yield _problem("ACCELERATE_MIXED_PRECISION", asked, "precision", config.precision)
@@ -165,6 +162,17 @@ def _accumulation(config: RunConfig, environment: Mapping[str, str]) -> int:
     training = config.training
     ranks = int(environment.get("WORLD_SIZE", "1"))
     return accumulation_steps(training.global_batch_size, training.micro_batch_size, ranks)
+
+
+def _clip_norm(config: RunConfig, _: Mapping[str, str]) -> float:
+    return config.training.gradient_clip_norm or 0.0
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
 def _is_set(environment: Mapping[str, str], variable: str) -> bool:

@@ -34,7 +34,9 @@ def test_one_machine(config: RunConfig):
     assert (torchrun.nnodes, torchrun.nproc_per_node) == ("1:1", "8")
     assert (torchrun.module, torchrun.training_script) == (True, "theworld_train")
     assert torchrun.training_script_args == ["train", CONFIG, "seed=1"]
-    assert "SIGUSR1" in torchrun.signals_to_handle.split(",")
+    handled = torchrun.signals_to_handle.split(",")
+    assert {"SIGTERM", "SIGINT", "SIGUSR1"} <= set(handled)
+    assert "SIGHUP" not in handled, "a run under nohup would end with its terminal"
     assert command.environment == {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_grace_s(config))}
 
 

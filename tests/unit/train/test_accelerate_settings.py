@@ -244,6 +244,17 @@ def test_compilation_and_megatron(export: Export, file: Any):
     assert set(problems(config(), environment)) == {"ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_USE_MEGATRON_LM"}
 
 
+@pytest.mark.parametrize(("steps", "wrong"), [("4", False), ("2", True), ("four", True)])
+def test_accumulation_without_deepspeed(steps: str, wrong: bool):
+    environment = {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": steps, "WORLD_SIZE": "8"}
+    if wrong:
+        found = problems(config(), environment)["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
+        assert f"'{steps}' contradicts accumulation by training.global_batch_size: 4" in found
+    else:
+        take_over(config(), environment)
+        assert environment == {"WORLD_SIZE": "8"}
+
+
 def test_environment_without_accelerate_stays_as_it_is():
     environment = {"PATH": "/bin", "WORLD_SIZE": "2", "MASTER_ADDR": "n0"}
     take_over(config("zero3"), environment)
