@@ -50,6 +50,7 @@ def accelerate(config: Path, *overrides: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_file_of_the_same_strategy_trains(config: Path):
     result = accelerate(config)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -74,6 +74,7 @@ def write_config(path: Path, tiny: TinyCheckpoint) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_hosts_train_like_one(hosts: list[tuple[str, str, str]], tiny: TinyCheckpoint, tmp_path: Path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"

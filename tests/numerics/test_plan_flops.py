@@ -166,7 +166,7 @@ checkpointed = pytest.mark.parametrize("enabled", [True, False], ids=["checkpoin
 
 
 @checkpointed
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ["projection", *(pytest.param(name, marks=pytest.mark.slow) for name in STAGES[1:])])
 @pytest.mark.usefixtures("unchecked")
 def test_the_shipped_stages_at_full_size(name: str, enabled: bool):
     config = stage_config("stages", name, enabled)

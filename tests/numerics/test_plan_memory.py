@@ -115,7 +115,7 @@ def test_gradients_of_earlier_micro_batches_are_counted():
     assert accumulated.phase_peaks(1)["forward"] > 1.05 * run.timeline().phase_peaks(1)["forward"]
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 64])
+@pytest.mark.parametrize("ranks", [8, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 64))])
 @pytest.mark.parametrize("trainable", [PROJECTION, EVERYTHING], ids=len)
 def test_sharding_agrees_with_a_rank_of_fsdp2(trainable: tuple[str, ...], ranks: int):
     # Wide enough for weights, gathered layers and buffers to be what counts.

@@ -202,7 +202,7 @@ def launch(directory: Path, configs: dict[str, RunConfig]) -> None:
     [
         "ddp",
         "fsdp2",
-        "zero3",
+        pytest.param("zero3", marks=pytest.mark.slow),
         pytest.param("zero1", marks=pytest.mark.slow),
         pytest.param("zero2", marks=pytest.mark.slow),
     ],
