@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,10 @@ from theworld_train.train.checkpoint import (
     Base,
     CheckpointWriter,
     Snapshot,
+    clear_remains,
     load_optimizer,
     restore_random_state,
+    set_damaged_aside,
     take_snapshot,
     trained_parameters,
 )
@@ -55,6 +58,8 @@ from theworld_train.train.groups import build_optimizer, optimizer_class
 from theworld_train.train.handoff import Inheritance, inherit
 from theworld_train.train.ledger import add_adapters, build_ledger, check_expectation, saved_names, trainable_components
 from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
+from theworld_train.train.resume_rules import check_changes
+from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer, TrainingResult
@@ -375,12 +380,33 @@ def train(config: RunConfig, console: Console) -> TrainingResult:
             inputs = open_inputs(config)
             check_expectation(ledger_of(config), config)
             optimizer_class(config.optimizer.name)  # answers now if its library is missing
-            checkpoint, resume = starting_checkpoint(config)
             _check_output_dir(config)
-        runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
-        return _train(config, inputs, checkpoint, resume, runtime, console)
+        with ExitStack() as held:
+            with runtime.agreement():
+                if runtime.is_main:
+                    _take_directory(config, held, console)
+            with runtime.agreement():
+                checkpoint, resume = starting_checkpoint(config)
+            runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
+            if checkpoint is not None and resume:
+                with runtime.agreement():
+                    check_changes(config, checkpoint)
+            return _train(config, inputs, checkpoint, resume, runtime, console)
     finally:
         runtime.close()
+
+
+def _take_directory(config: RunConfig, held: ExitStack, console: Console) -> None:
+    """Locks the run directory and tidies what killed runs have left there; the main rank calls it.
+
+    A damaged checkpoint is put aside, so that `resume: latest` goes on from the newest one that is whole.
+    """
+    directory = Path(config.output_dir)
+    held.enter_context(run_lock(directory, config.name))
+    clear_remains(directory)
+    if config.resume == "latest":
+        for damage in set_damaged_aside(directory):
+            console.print(f"{config.name}: {damage}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _train(

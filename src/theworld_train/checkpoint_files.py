@@ -34,6 +34,10 @@ class Origin:
     manifest_sha256: str
 
 
+class DamagedCheckpointError(ConfigError):
+    """Files of a checkpoint are missing or not what was saved."""
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file."""
     with path.open("rb") as file:
@@ -88,15 +92,16 @@ def read_record(path: Path) -> dict[str, Any]:
     """Reads one of the JSON files of a checkpoint that state a format.
 
     Raises:
-        ConfigError: If it is missing, damaged or of another format.
+        DamagedCheckpointError: If it is missing or damaged.
+        ConfigError: If it is of another format.
     """
     try:
         record: dict[str, Any] = json.loads(path.read_bytes())
         found = record["format"]
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+        raise DamagedCheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error!r}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: {error!r}") from error
     if found != FORMAT:
         raise ConfigError(
             f"{path} is of format {found!r}, but this version of theworld-train reads format {FORMAT}; "
@@ -109,18 +114,23 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     """Compares every file of a checkpoint with its manifest and returns the manifest.
 
     Raises:
-        ConfigError: Naming the file that is missing or has changed.
+        DamagedCheckpointError: Naming the file that is missing or has changed.
+        ConfigError: If it is of another format.
     """
     manifest_path = path / MANIFEST_FILE
     if not manifest_path.is_file():
-        raise ConfigError(f"{path} is no complete checkpoint: it has no {MANIFEST_FILE}")
+        raise DamagedCheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST_FILE}")
     manifest = read_record(manifest_path)
-    for name, entry in manifest["files"].items():
+    try:
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(f"{manifest_path} is damaged: {error!r}") from error
+    for name, saved in files.items():
         file = path / name
         if not file.is_file():
-            raise ConfigError(f"{file} is missing")
-        if file.stat().st_size != entry["size"] or file_sha256(file) != entry["sha256"]:
-            raise ConfigError(f"{file} is not what was saved: its size or hash differs from {MANIFEST_FILE}")
+            raise DamagedCheckpointError(f"{file} is missing")
+        if (file.stat().st_size, file_sha256(file)) != saved:
+            raise DamagedCheckpointError(f"{file} is not what was saved: its size or hash differs from {MANIFEST_FILE}")
     return manifest
 
 

@@ -22,7 +22,12 @@ def test_a_carried_file_outlives_the_checkpoint_that_it_came_from(
     first = finish(language)
     assert (first.checkpoint / "vision_tower.safetensors").read_bytes() == trained
     shutil.rmtree(tmp_path / "vision")
-    longer = shipped("language", tmp_path / "language", resume="latest", **SETTINGS | {"training__max_steps": 6})
+    longer = shipped(
+        "language",
+        tmp_path / "language",
+        resume="latest",
+        **SETTINGS | {"training__max_steps": 6, "allow_changed": ["training.max_steps"]},
+    )
     resumed = finish(longer)
     assert [path.name for path in sorted((tmp_path / "language").glob("step-*"))] == ["step-6"]
     assert "vision_tower.safetensors" in verify_checkpoint(resumed.checkpoint)["files"]

@@ -146,7 +146,7 @@ def test_a_resumed_run_keeps_its_origin_though_its_source_has_changed(
     shipped: Callable[..., RunConfig], finish: Callable[[RunConfig], Any], tmp_path: Path
 ):
     source = finish(shipped("projection", tmp_path / "source"))
-    settings = {"init_from": str(source.directory), "resume": "latest"}
+    settings = {"init_from": str(source.directory), "resume": "latest", "allow_changed": ["training.max_steps"]}
     begun = finish(shipped("vision", tmp_path / "run", **settings))
     recorded = origin(begun)
     assert recorded == origin_of(source.checkpoint)

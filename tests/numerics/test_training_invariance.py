@@ -225,7 +225,8 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
     }
 
     def short(directory: str, steps: int, **sections: Any) -> RunConfig:
-        shared = {"training": {**TRAINING, "max_steps": steps}, "schedule": {"kind": "constant"}, "resume": "latest"}
+        shared = {"training": {**TRAINING, "max_steps": steps}, "schedule": {"kind": "constant"}}
+        shared |= {"resume": "latest", "allow_changed": ["training.max_steps"]}
         return configure("full", tmp_path / directory, 2, **shared | runtime | sections)
 
     configs["straight"] = short("straight", 6)

@@ -38,6 +38,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "run": CommandEntry("theworld_train.cli.run:run", "Run the stages of a pipeline one after the other."),
     "evaluate": CommandEntry("theworld_train.cli.evaluate:evaluate", "Measure a checkpoint, with ablations."),
     "generate": CommandEntry("theworld_train.cli.generate:generate", "Answer a question about an image or a clip."),
+    "checkpoint": CommandEntry("theworld_train.cli.checkpoint:checkpoint", "List, verify, show or prune checkpoints."),
+    "export": CommandEntry("theworld_train.cli.export:export", "Write a checkpoint as a Hugging Face directory."),
     "fetch": CommandEntry("theworld_train.cli.fetch:fetch", "Download models and data, once, and pin their revisions."),
     "plan": CommandEntry("theworld_train.cli.plan:plan", "Plan a run's memory, and say whether it fits a GPU."),
     "params": CommandEntry("theworld_train.cli.params:params", "Count every parameter of a run, by component."),

@@ -247,6 +247,8 @@ class TrainingSection(Section):
     fp32 logits of all positions and a shifted copy of them, for comparison with other trainers."""
     loss_chunk_size: PositiveInt = 1024
     """Supervised positions whose logits are held at once."""
+    max_skipped_steps: PositiveInt = 3
+    """Steps in a row that may be skipped, as their gradient is not finite, before the run ends."""
     verify_freezing: bool = True
     """Check after the first step that frozen tensors are bit-identical and trainable ones have moved."""
 
@@ -354,6 +356,8 @@ class RunConfig(Section):
     """Checkpoint of an earlier stage: its weights, with a fresh optimizer."""
     resume: Path | None = None
     """`latest`, or a checkpoint of this run: continue exactly where it was."""
+    allow_changed: tuple[str, ...] = ()
+    """Dotted keys that may differ from those of the run that `resume` continues, such as `training.max_steps`."""
 
     @model_validator(mode="after")
     def _check_run(self) -> RunConfig:

@@ -6,6 +6,7 @@ JSON for everything else, and what `from_pretrained` needs: config and processor
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -27,9 +28,11 @@ from theworld_train.checkpoint_files import (
     FORMAT,
     MANIFEST_FILE,
     STATE_FILE,
+    DamagedCheckpointError,
     Origin,
     checkpoints,
     file_sha256,
+    verify_checkpoint,
 )
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.model.adapters import ADAPTER_SUFFIX, adapter_metadata, adapter_parameters, base_parameters
@@ -90,6 +93,12 @@ class Snapshot:
     components: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     metadata: dict[str, dict[str, str]] = field(default_factory=dict)
     optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        parts = (self.optimizer, *self.components.values())
+        return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
 def take_snapshot(
@@ -209,6 +218,7 @@ class CheckpointWriter:
             for remains in (partial, final):
                 shutil.rmtree(remains, ignore_errors=True)
             partial.mkdir(parents=True)
+            _check_space(partial, snapshot.nbytes)
             trainers = dict.fromkeys(trained, run_name) | dict.fromkeys(initialised)
             components = _write_components(partial, snapshot, trainers) | _link_components(partial, carried)
             _write_json(partial / COMPONENTS_FILE, record | {"components": components})
@@ -223,16 +233,59 @@ class CheckpointWriter:
             seal(partial, {"step": step, "run": run_name, "world_size": len(rng)})
             partial.rename(final)
             _sync_directory(self._directory)
-            self._retire(final)
+            retire(self._directory, self._keep_last)
         return final
 
-    def _retire(self, newest: Path) -> None:
-        """Removes the oldest checkpoints, by way of a name that nothing takes for a checkpoint."""
-        assert (newest / MANIFEST_FILE).is_file()
-        for old in checkpoints(self._directory)[: -self._keep_last]:
-            trash = old.with_name(f".{old.name}.trash")
-            old.rename(trash)
-            shutil.rmtree(trash)
+
+def retire(directory: Path, keep: int) -> list[Path]:
+    """Removes all but the newest checkpoints of a run, once the newest one is known to be what was saved.
+
+    Returns:
+        Those that are gone.
+
+    Raises:
+        DamagedCheckpointError: If the newest one is not whole; all of them stay.
+    """
+    found = checkpoints(directory)
+    retired = found[:-keep]
+    if retired:
+        verify_checkpoint(found[-1])
+    for old in retired:
+        # By way of a name that nothing takes for a checkpoint.
+        trash = old.with_name(f".{old.name}.trash")
+        old.rename(trash)
+        shutil.rmtree(trash)
+    return retired
+
+
+def clear_remains(directory: Path) -> None:
+    """Removes what a killed run has left half written or half removed."""
+    for pattern in (".step-*.partial", ".step-*.trash"):
+        for remains in directory.glob(pattern):
+            shutil.rmtree(remains)
+
+
+def set_damaged_aside(directory: Path) -> list[str]:
+    """Renames the newest checkpoints of a run to `.step-N.damaged` until one is whole, and says what was wrong."""
+    found: list[str] = []
+    for checkpoint in reversed(checkpoints(directory)):
+        try:
+            verify_checkpoint(checkpoint)
+        except DamagedCheckpointError as error:
+            aside = checkpoint.with_name(f".{checkpoint.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
+            found.append(f"{error}; its checkpoint is {aside.name} now")
+        else:
+            break
+    return found
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    """Refuses a save before it begins if its tensors alone do not fit."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"the checkpoint takes {needed:,} bytes, more than are free", str(directory))
 
 
 @contextmanager

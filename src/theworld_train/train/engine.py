@@ -6,12 +6,14 @@ and a checkpoint of one strategy goes on under another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -44,7 +46,10 @@ class Engine(Protocol):
         ...
 
     def step(self, max_norm: float | None) -> Tensor:
-        """Clips, steps and drops the gradient; returns its norm before clipping, the same on all ranks."""
+        """Clips, steps and drops the gradient; returns its norm before clipping, the same on all ranks.
+
+        If the norm is not finite, no rank steps: weights and optimizer stay as they are.
+        """
         ...
 
     def held(self, parameter: nn.Parameter) -> Tensor:
@@ -94,8 +99,7 @@ class ReplicatedEngine:
     def step(self, max_norm: float | None) -> Tensor:
         """See `Engine`."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if max_norm is None else max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        step_if_finite(self.optimizer, norm)
         return norm
 
     def held(self, parameter: nn.Parameter) -> Tensor:
@@ -155,9 +159,9 @@ class ShardedEngine:
     def step(self, max_norm: float | None) -> Tensor:
         """See `Engine`."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if max_norm is None else max_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = _whole(norm)
+        step_if_finite(self.optimizer, norm)
+        return norm
 
     def held(self, parameter: nn.Parameter) -> Tensor:
         """See `Engine`."""
@@ -229,7 +233,7 @@ class DeepSpeedEngine:
         self._engine.backward(loss * self._ranks, scale_wrt_gas=False)
 
     def step(self, max_norm: float | None) -> Tensor:
-        """See `Engine`; DeepSpeed clips by its own config, which holds the same limit."""
+        """See `Engine`; DeepSpeed clips by its own config, which holds the same limit, and skips by itself."""
         assert self._engine.gradient_clipping() == (max_norm or 0.0)
         if self._window is not None:
             self._window.close()
@@ -313,6 +317,15 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 def wrap_units(stage: StageModule) -> list[nn.Module]:
     """Returns the layers whose weights are gathered one at a time: those that transformers can checkpoint."""
     return [module for module in stage.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Steps unless the gradient's norm is NaN or infinite, and drops the gradient."""
+    # Fake tensors, which a plan steps with, have no values: their norm is taken to be finite.
+    local = norm.to_local() if isinstance(norm, DTensor) else norm
+    if isinstance(local, FakeTensor) or math.isfinite(norm.item()):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _whole(value: Tensor) -> Tensor:

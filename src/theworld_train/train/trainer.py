@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +21,14 @@ from theworld_train.train.engine import Engine
 from theworld_train.train.evaluation import EvaluationResult, evaluate
 from theworld_train.train.freeze import FreezingCheck, refuse_violations
 from theworld_train.train.groups import has_stepped, set_rates
+from theworld_train.train.guard import NumbersGuard
 from theworld_train.train.ledger import check_wrapped
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.metrics import MetricsFile, ProgressDisplay
 from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.schedule import rate_factor
 from theworld_train.train.stage import StageModule
+from theworld_train.train.stopping import StoppedError, StopRequest
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class StepResult:
 
     Attributes:
         loss: Mean cross entropy per supervised token of the window, before the step.
-        grad_norm: Norm of the whole gradient before clipping.
+        grad_norm: Norm of the whole gradient before clipping; if it is not finite, the step was skipped.
         rates: Learning rate by component.
         supervised_tokens: Supervised tokens of the window.
         tokens: Tokens of the window, padding not counted.
@@ -50,6 +54,11 @@ class StepResult:
     inputs: frozenset[Input]
     clips_seen: bool
     dropped: tuple[Dropped, ...]
+
+    @property
+    def skipped(self) -> bool:
+        """Whether weights and optimizer are as they were before the step."""
+        return not math.isfinite(self.grad_norm)
 
 
 @dataclass(frozen=True)
@@ -124,37 +133,48 @@ class Trainer:
         self._save = save
         self._metrics = metrics
         self._progress = progress
+        self._stop = StopRequest()
+        self._guard = NumbersGuard(config.training.max_skipped_steps)
         self._accumulation = accumulation_steps(
             config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
         )
 
     def run(self) -> TrainingResult:
-        """Trains from the first step to the last."""
+        """Trains from the first step to the last.
+
+        Raises:
+            StoppedError: If a signal to any rank has ended it between two steps, once these are saved.
+        """
         check = FreezingCheck(self._stage.model, self._engine.held) if self._config.training.verify_freezing else None
         evaluation: EvaluationResult | None = None
+        saved = self._first_step
         times: list[float] = []
         self._stage.set_training_modes()
         started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
-        try:
+        with self._stop.listening(), closing(windows):
             for done in range(self._first_step + 1, self._max_steps + 1):
                 window, error = take(windows)
                 waited = time.perf_counter() - started
-                result = self.step(window or error or AssertionError("the data have ended before the run"))
-                if check is not None:
+                try:
+                    result = self.step(window or error or AssertionError("the data have ended before the run"))
+                except StoppedError as stopped:
+                    if stopped.step > saved:
+                        self._checkpoint(stopped.step)
+                    raise
+                if check is not None and not result.skipped:
                     self._agree(check, result, done)
                     check = check if check.pending else None
                 seconds = time.perf_counter() - started
                 times.append(seconds)
-                self._report(done, result, seconds, waited)
+                self._report(done, result, seconds, waited, self._suspects(window, result))
                 # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
                 if self._is_due(done, self._config.checkpoint.every_steps):
                     self._checkpoint(done)
+                    saved = done
                 if self._is_due(done, self._config.evaluation.every_steps):
                     evaluation = self._evaluate(done)
                 started = time.perf_counter()
-        finally:
-            windows.close()
         self._report_resources(times[1:])
         if check is not None and self._first_step < self._max_steps:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
@@ -175,6 +195,7 @@ class Trainer:
 
         Raises:
             ConfigError: On every rank, if any rank has no window, or if none of them holds a supervised token.
+            StoppedError: On every rank, if any rank has been told to stop; the step is not taken.
         """
         totals = self._totals(window)
         assert isinstance(window, Window)
@@ -208,12 +229,14 @@ class Trainer:
         Raises:
             Exception: This rank's own reason to have no window.
             ConfigError: If only another rank has one.
+            StoppedError: If a rank has been told to stop.
         """
         batches = window.micro_batches if isinstance(window, Window) else ()
         own = [batch.num_supervised for batch in batches] or [0] * self._accumulation
         ranks = self._runtime.exchange(
             [
                 isinstance(window, Exception),
+                self._stop.made,
                 sum(own),
                 sum(batch.num_tokens for batch in batches),
                 len(window.dropped) if isinstance(window, Window) else 0,
@@ -222,9 +245,12 @@ class Trainer:
                 *(num_chunks(number, self._stage.chunk_size) for number in own),
             ]
         )
-        failed, supervised, tokens, dropped, images, longest, *chunks = zip(*ranks, strict=True)
+        failed, stopped, supervised, tokens, dropped, images, longest, *chunks = zip(*ranks, strict=True)
         if any(failed):
             self._runtime.raise_failures(window if isinstance(window, Exception) else None)
+        assert isinstance(window, Window)
+        if any(stopped):
+            raise StoppedError(window.step)
         seen: dict[Input, bool] = {"text": True, "image": any(images), "world": any(longest)}
         return _Totals(
             supervised=int(sum(supervised)),
@@ -237,6 +263,14 @@ class Trainer:
 
     def _gather_dropped(self, window: Window) -> tuple[Dropped, ...]:
         return tuple(item for rank in self._runtime.gather(window.dropped) for item in rank)
+
+    def _suspects(self, window: Window | None, result: StepResult) -> tuple[str, ...]:
+        """Returns the ids of all ranks' samples if the step was skipped or its loss stands out, none otherwise."""
+        spike = self._guard.is_spike(result.loss)
+        if window is None or not (spike or result.skipped):
+            return ()
+        own = [sample_id for batch in window.micro_batches for sample_id in batch.sample_ids]
+        return tuple(sample_id for rank in self._runtime.gather(own) for sample_id in rank)
 
     # -- around the step --------------------------------------------------------------------------------------------
 
@@ -257,25 +291,31 @@ class Trainer:
     def _is_due(self, done: int, interval: int | None) -> bool:
         return done == self._max_steps or (interval is not None and done % interval == 0)
 
-    def _report(self, done: int, result: StepResult, seconds: float, waited: float) -> None:
+    def _report(self, done: int, result: StepResult, seconds: float, waited: float, suspects: tuple[str, ...]) -> None:
         values: dict[str, float] = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/supervised_tokens": result.supervised_tokens,
             "train/tokens": result.tokens,
+            "train/skipped": float(result.skipped),
             "time/step_s": seconds,
             "time/data_wait_s": waited,
         } | {f"lr/{name}": rate for name, rate in result.rates.items()}
         if self._metrics is not None:
             dropped = [vars(item) for item in result.dropped]
-            self._metrics.write("train", done, {**values, "loss_hex": result.loss.hex(), "dropped": dropped})
+            row = {**values, "loss_hex": result.loss.hex(), "dropped": dropped}
+            self._metrics.write("train", done, row | ({"suspects": suspects} if suspects else {}))
         for item in result.dropped:
             self._say(f"step {done} goes on without sample {item.sample_id}: {item.reason}")
+        if suspects:
+            what = "is skipped, as its gradient is not finite" if result.skipped else "has a loss that stands out"
+            self._say(f"step {done} {what} (loss {result.loss:.4g}): {', '.join(suspects)}")
         if done % self._config.tracking.log_every_steps == 0:
             self._runtime.track(values, done)
         if self._progress is not None:
             speed = result.tokens / max(seconds, 1e-9)
             self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
+        self._guard.count(skipped=result.skipped, step=done, sample_ids=suspects)
 
     def _report_resources(self, times: Sequence[float]) -> None:
         """Writes what the run has really taken, for plans to be held against; the first step is not in the time."""

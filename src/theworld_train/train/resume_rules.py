@@ -1,0 +1,116 @@
+"""What may differ between a run and its resumption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from theworld_train.config import load_run_config
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import RunConfig
+
+Rule = Literal["safe", "allowed", "forbidden"]
+
+#: `safe`: nothing changes but rounding. `allowed`: it may differ if the key is listed under
+#: `allow_changed`. `forbidden`: the checkpoint does not fit. The longest prefix of a key decides.
+RULES: dict[str, Rule] = {
+    "name": "safe",
+    "output_dir": "safe",
+    "seed": "forbidden",
+    "precision": "allowed",
+    "deterministic": "safe",
+    # Weights are compared by their digests, wherever they are.
+    "model": "safe",
+    "model.attention": "allowed",
+    "model.world": "forbidden",
+    "model.world.encoder": "safe",
+    "model.world.encoder_revision": "safe",
+    "model.world.encoder_dtype": "allowed",
+    "trainable": "forbidden",
+    "trainable.*.lr": "allowed",
+    "trainable.*.weight_decay": "allowed",
+    "trainable.*.dropout": "allowed",
+    "trainable.*.alpha": "allowed",
+    "expect_trainable": "safe",
+    "data": "safe",
+    "data.train": "forbidden",
+    "data.train.path": "allowed",
+    "data.train.id": "allowed",
+    "data.train.revision": "allowed",
+    "data.max_sequence_length": "allowed",
+    "optimizer": "allowed",
+    "optimizer.name": "forbidden",
+    "schedule": "allowed",
+    "training": "allowed",
+    "training.global_batch_size": "forbidden",
+    "training.micro_batch_size": "safe",
+    "training.gradient_checkpointing": "safe",
+    "training.loss_chunk_size": "safe",
+    "training.max_skipped_steps": "safe",
+    "training.verify_freezing": "safe",
+    "evaluation": "safe",
+    "checkpoint": "safe",
+    "tracking": "safe",
+    "runtime": "safe",
+    "resume": "safe",
+    "init_from": "safe",
+    "allow_changed": "safe",
+}
+
+_ABSENT = "absent"
+
+
+def rule_of(key: str) -> Rule:
+    """Returns the rule of a dotted key; `*` stands for a component.
+
+    Raises:
+        KeyError: If no rule covers it.
+    """
+    parts = key.split(".")
+    for number in range(len(parts), 0, -1):
+        exact, general = ".".join(parts[:number]), ".".join([*parts[:1], "*", *parts[2:number]])
+        if exact in RULES:
+            return RULES[exact]
+        if number > 1 and general in RULES:
+            return RULES[general]
+    raise KeyError(key)
+
+
+def check_changes(config: RunConfig, checkpoint: Path) -> None:
+    """Compares a run's config with the one that its checkpoint was written under.
+
+    Args:
+        config: The run config now.
+        checkpoint: The run's checkpoint.
+
+    Raises:
+        ConfigError: With every key that may not differ, or only if it is allowed by name, and both values.
+    """
+    ours = _flat(config.model_dump(mode="json"))
+    theirs = _flat(load_run_config(checkpoint / "config.yaml").model_dump(mode="json"))
+    problems = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        rule = rule_of(key)
+        now, then = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
+        if now == then or rule == "safe" or (rule == "allowed" and key in config.allow_changed):
+            continue
+        hint = (
+            f"list {key} under allow_changed to go on with the new value"
+            if rule == "allowed"
+            else "put the value back, or begin a new run with init_from"
+        )
+        message = f"was {then!r} up to {checkpoint.name} and is {now!r} now"
+        problems.append(Problem(message, key=key, hint=hint))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{prefix}{key}": {}} if not value else _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,48 @@
+"""Stopping on a signal: noted when it comes, acted upon between two steps, where all ranks can agree."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+#: What schedulers and launchers send some time before they kill.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StoppedError(Exception):
+    """A signal to any rank has ended the run between two steps; what it had done is saved."""
+
+    def __init__(self, step: int) -> None:
+        """Args: step: optimizer steps done."""
+        super().__init__(f"stopped by a signal after step {step}")
+        self.step = step
+
+
+class StopRequest:
+    """Whether this process has been told to stop."""
+
+    def __init__(self) -> None:
+        """Begins without a request."""
+        self.made = False
+
+    @contextmanager
+    def listening(self) -> Generator[None]:
+        """Notes signals while a block runs, however often they come; only a main thread can.
+
+        Outside of it they end the process at once: before the first step there is nothing to save.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.made = True

@@ -1,0 +1,112 @@
+"""A run that is killed while it saves or tidies: the newest sealed checkpoint is always whole, and of one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.tiny import TinyCheckpoint
+from theworld_train.checkpoint_files import checkpoint_step, checkpoints, verify_checkpoint
+from theworld_train.model.digest import base_digests
+from theworld_train.train.checkpoint import Base, CheckpointWriter, Snapshot, clear_remains, random_state
+
+#: What Python does to files, as its audit events call it.
+CALLS = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir"}
+KEPT = 2
+
+Save = Callable[[Path, int], Path]
+
+
+@pytest.fixture(scope="module")
+def save(tiny: TinyCheckpoint) -> Save:
+    model, processor = tiny.theworld(), tiny.processor()
+    digests = base_digests(model)
+
+    def write(directory: Path, step: int) -> Path:
+        values = torch.full((64, 64), float(step))
+        return CheckpointWriter(directory, KEPT).write(
+            step,
+            snapshot=Snapshot({"world_projector": {"weight": values}}, {}, {"weight::exp_avg": values}),
+            model=model,
+            processor=processor,
+            config_yaml="name: test\n",
+            run_name="test",
+            base=Base(tiny.gemma, None),
+            encoder=Base(tiny.cosmos, None),
+            init_from=None,
+            trained=("world_projector",),
+            initialised=(),
+            carried={},
+            base_digests=digests,
+            ledger={},
+            rng=[random_state()],
+        )
+
+    return write
+
+
+def killed_at(call: int, directory: Path, save: Save) -> bool:
+    """Saves step 4 in a process that is killed before its n-th call on a file there; False if it makes fewer calls."""
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def audit(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal seen
+            if event in CALLS and str(arguments[0]).startswith(str(directory)):
+                seen += 1
+                if seen == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(audit)
+        save(directory, 4)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def check_killed(call: int, three: Path, directory: Path, save: Save) -> bool:
+    """Kills a save at a call and looks at what is left; says whether it was killed."""
+    shutil.copytree(three, directory)
+    killed = killed_at(call, directory, save)
+    found = checkpoints(directory)
+    assert len(found) >= KEPT, f"call {call}"
+    for path in found:
+        assert verify_checkpoint(path)["step"] == checkpoint_step(path), f"call {call}"
+    assert checkpoint_step(found[-1]) in (3, 4)
+    clear_remains(directory)
+    assert not list(directory.glob(".step-*")), f"call {call}"
+    save(directory, 4)
+    assert [path.name for path in checkpoints(directory)][-KEPT:] == ["step-3", "step-4"], f"call {call}"
+    verify_checkpoint(directory / "step-4")
+    shutil.rmtree(directory)
+    return killed
+
+
+@pytest.fixture(scope="module")
+def three(save: Save, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with two checkpoints, the older of which the next save retires."""
+    directory = tmp_path_factory.mktemp("kills") / "three"
+    for step in (2, 3):
+        save(directory, step)
+    return directory
+
+
+@pytest.mark.parametrize("offset", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_newest_checkpoint_is_whole_wherever_a_save_is_killed(offset: int, three: Path, save: Save, tmp_path: Path):
+    stride = 3 if offset else 1  # the slow set takes every call
+    calls = offset or 1
+    while check_killed(calls, three, tmp_path / "run", save):
+        calls += stride
+    assert calls > 60, "it is killed at no fewer than so many places"
+
+
+def test_without_a_kill_the_oldest_is_gone(three: Path, save: Save, tmp_path: Path):
+    assert not check_killed(10**6, three, tmp_path / "run", save)
