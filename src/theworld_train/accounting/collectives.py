@@ -110,7 +110,7 @@ def collectives(
     - zero1: each rank receives its share of the gradients once a step and sends its share of the new weights.
     - zero2: as zero1, but gradients are split after every micro-batch.
     - zero3: weights are gathered for every forward and every backward pass, and gradients split after each.
-    - fsdp2: as zero3, but gradients are split once a step: earlier micro-batches add theirs up where they are.
+    - fsdp2: as zero3.
 
     Args:
         strategy: How the ranks share weights, gradients and optimizer state.
@@ -127,10 +127,9 @@ def collectives(
             Collective("all_gather", gradients, calls, overlaps=False),
         )
     weights = (parameters.trainable + parameters.frozen) * parameters.compute_bytes
-    times = steps if strategy == "zero3" else 1
     return (
         Collective("all_gather", 2 * steps * weights, 2 * steps * parameters.units, overlaps=True),
-        Collective("reduce_scatter", times * gradients, times * parameters.units, overlaps=True),
+        Collective("reduce_scatter", steps * gradients, steps * parameters.units, overlaps=True),
     )
 
 

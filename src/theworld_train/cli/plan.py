@@ -53,7 +53,7 @@ def plan(
         theworld-train plan configs/stages/projection.yaml --gpus 8 --gpu h100-80gb
     """
     from theworld_train.cli.ranks import offline
-    from theworld_train.config.errors import ConfigError
+    from theworld_train.config.errors import ConfigError, Problem
 
     paths, overrides = split_overrides(arguments)
     if not paths:
@@ -67,6 +67,8 @@ def plan(
 
     kinds = [gpu_spec(name, key="--gpu") for name in _names(gpu)]
     kept = offload_of(offload)
+    if kept != "none" and 1 in ranks:
+        raise ConfigError(Problem("needs two GPUs or more: one process offloads nothing", key="--offload", value=kept))
     chosen: list[str] = [strategy_of(name, kept).name for name in _names(strategy)]
     shares = None if calibrate is None else _shares(calibrate, kinds, positions, supervised)
     able = [name for name, each in STRATEGIES.items() if kept in each.offloads]

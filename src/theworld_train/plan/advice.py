@@ -315,7 +315,7 @@ class Planner:
 def _layouts(ranks: int) -> list[tuple[str, Offload]]:
     """Returns strategies and offloads by what they cost in time, cheapest first."""
     shared: list[tuple[str, Offload]] = [("ddp", "none"), ("zero1", "none"), ("zero2", "none"), ("fsdp2", "none")]
-    return (shared if ranks > 1 else []) + [("zero2", "optimizer"), ("fsdp2", "all")]
+    return [*shared, ("zero2", "optimizer"), ("fsdp2", "all")] if ranks > 1 else []
 
 
 def _overridden(config: RunConfig, overrides: Overrides) -> RunConfig:

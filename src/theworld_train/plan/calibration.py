@@ -50,6 +50,8 @@ def read_run(directory: Path) -> MeasuredRun:
     steps = tuple(row["time/step_s"] for row in read_metrics(metrics, "train")[1:])
     last = found[-1]
     config = load_run_config(directory / CONFIG_FILE)
+    if config.runtime.offload != "none":
+        raise ConfigError(Problem("offloads, and what moves to the host is not timed", key="--calibrate"))
     return MeasuredRun(config, steps, last["memory/peak_bytes"], last["ranks"], last["device"])
 
 

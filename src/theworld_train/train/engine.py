@@ -148,7 +148,7 @@ class ShardedEngine:
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """See `Engine`."""
         assert isinstance(self.wrapped, FSDPModule)
-        self.wrapped.set_requires_gradient_sync(last)
+        # Gradients are reduced in every micro-batch: those that wait for the last one would be whole, on every rank.
         self.wrapped.set_is_last_backward(last)
         return nullcontext()
 
@@ -180,9 +180,11 @@ class ShardedEngine:
         state: dict[str, Tensor] = {}
         for name, value in slots.items():
             if name in MOMENTS and isinstance(parameter, DTensor):
-                value = distribute_tensor(
-                    value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-                )
+                part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                kept = torch.zeros_like(parameter.detach())  # where the shard is, on the host if it is offloaded
+                assert isinstance(kept, DTensor)
+                kept.to_local().copy_(part.to_local())
+                value = kept
             state[name] = value
         self.optimizer.state[parameter] = state
 
@@ -262,10 +264,19 @@ class DeepSpeedEngine:
 
     def load_slots(self, parameter: nn.Parameter, slots: dict[str, Tensor]) -> None:
         """See `Engine`."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         for name in MOMENTS:
-            safe_set_full_optimizer_state(parameter, slots[name].to(self._engine.device), name)
+            if self._stage < 3:
+                safe_set_full_optimizer_state(parameter, slots[name].to(self._engine.device), name)
+                continue
+            # A shard is padded where the ranks do not divide a parameter, which the setter of whole ones forgets.
+            shard: Any = parameter.ds_tensor  # type: ignore[attr-defined]
+            size, rank = int(shard.ds_numel), torch.distributed.get_rank()
+            own = slots[name].flatten()[size * rank : size * (rank + 1)]
+            padded = torch.zeros(size, device=self._engine.device)
+            padded[: own.numel()].copy_(own)
+            safe_set_local_optimizer_state(parameter, padded, name)
         for state in self.optimizer.state.values():
             state["step"].copy_(slots["step"])
 

@@ -50,7 +50,10 @@ class Runtime:
             torch.use_deterministic_algorithms(mode=True)
         # Convolutions are fp32 where they say so: the default on GPUs since Ampere would round their inputs to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
-        timeout = timedelta(seconds=config.runtime.timeout_s)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        process_group: dict[str, Any] = {"timeout": timedelta(seconds=config.runtime.timeout_s)}
+        if torch.cuda.is_available():
+            process_group["backend"] = "cuda:nccl,cpu:gloo"  # offloaded shards are exchanged on the host
         # Precision and accumulation are the trainer's: autocast over fp32 masters, and a scale on each backward.
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -59,7 +62,7 @@ class Runtime:
             log_with=list(config.tracking.trackers) or None,
             project_dir=config.output_dir,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
+                InitProcessGroupKwargs(**process_group),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
@@ -88,6 +91,10 @@ class Runtime:
     def engine(self, stage: StageModule, make_optimizer: MakeOptimizer, config: RunConfig) -> Engine:
         """Wraps a stage for the run's strategy; a single process holds everything, whatever the strategy."""
         if self.world_size == 1:
+            if config.runtime.offload != "none":
+                hint = "launch several ranks, or set it to none"
+                problem = Problem("has no effect on a single process", "config", "runtime.offload", hint=hint)
+                raise ConfigError(problem)
             return ReplicatedEngine(stage, make_optimizer)
         if config.runtime.strategy == "ddp":
             return ReplicatedEngine(stage, make_optimizer, self.accelerator.prepare_model)
@@ -101,7 +108,10 @@ class Runtime:
     def _mesh(self, config: RunConfig) -> DeviceMesh:
         if not config.runtime.hybrid:
             return init_device_mesh(self.device.type, (self.world_size,))
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+        if not local or self.world_size % local:
+            message = "needs a launcher that sets LOCAL_WORLD_SIZE, equal on all nodes"
+            raise ConfigError(Problem(message, key="runtime.hybrid", value=local or None))
         return init_device_mesh(
             self.device.type, (self.world_size // local, local), mesh_dim_names=("replicate", "shard")
         )
@@ -126,6 +136,11 @@ class Runtime:
             return int(torch.cuda.max_memory_allocated(self.device))
         return _high_water() - self._first_high_water
 
+    def reset_memory_peak(self) -> None:
+        """Forgets the peak of loading, so that `memory_peak` is that of training; a process's cannot be forgotten."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
     def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Returns a tensor summed over ranks; it stays on its device."""
         if self.world_size == 1:
@@ -135,8 +150,8 @@ class Runtime:
         return total
 
     def read(self, *scalars: Tensor) -> list[float]:
-        """Returns scalars of the device as numbers, in one transfer."""
-        return cast(list[float], torch.stack([scalar.double() for scalar in scalars]).tolist())
+        """Returns scalars as numbers, in one transfer; with offload some lie on the host."""
+        return cast(list[float], torch.stack([scalar.double().to(self.device) for scalar in scalars]).tolist())
 
     def gather(self, value: T) -> list[T]:
         """Returns a small picklable value of every rank, in the order of ranks."""

@@ -150,7 +150,9 @@ class StageModule(nn.Module):
             )
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocasts)
+        # A cached cast would outlive the release of weights that an engine has gathered.
+        cached = not self.lockstep
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=cached)
 
     def _embed(self, batch: Batch, features: Features) -> Tensor:
         """Embeds the sequence; the visual parts run as `_runs` says, also where the batch has nothing for them."""

@@ -149,6 +149,7 @@ class Trainer:
         evaluation: EvaluationResult | None = None
         saved = self._first_step
         times: list[float] = []
+        self._runtime.reset_memory_peak()
         self._stage.set_training_modes()
         started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)

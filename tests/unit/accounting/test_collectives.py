@@ -27,7 +27,7 @@ def test_zero_3_gathers_all_weights_twice_and_splits_gradients():
 
 @pytest.mark.parametrize(
     ("strategy", "gradients", "weights"),
-    [("ddp", 1, 0), ("zero1", 1, 0), ("zero2", 4, 0), ("zero3", 4, 4), ("fsdp2", 1, 4)],
+    [("ddp", 1, 0), ("zero1", 1, 0), ("zero2", 4, 0), ("zero3", 4, 4), ("fsdp2", 4, 4)],
 )
 def test_accumulation_repeats_what_cannot_wait(strategy, gradients, weights):
     one, four = collectives(strategy, PARAMETERS), collectives(strategy, PARAMETERS, 4)
