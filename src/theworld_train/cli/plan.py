@@ -67,9 +67,9 @@ def plan(
 
     kinds = [gpu_spec(name, key="--gpu") for name in _names(gpu)]
     kept = offload_of(offload)
+    chosen: list[str] = [strategy_of(name, kept).name for name in _names(strategy)]
     if kept != "none" and 1 in ranks:
         raise ConfigError(Problem("needs two GPUs or more: one process offloads nothing", key="--offload", value=kept))
-    chosen: list[str] = [strategy_of(name, kept).name for name in _names(strategy)]
     shares = None if calibrate is None else _shares(calibrate, kinds, positions, supervised)
     able = [name for name, each in STRATEGIES.items() if kept in each.offloads]
     configs = [load_run_config(path, overrides) for path in paths]

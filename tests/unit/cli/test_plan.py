@@ -77,6 +77,7 @@ def test_a_picture_is_drawn(call: Call, tiny_run: str, tmp_path: Path):
         (["--strategy", "zero4"], "did you mean"),
         (["--strategy", "ddp", "--offload", "all"], "fsdp2, zero3"),
         (["--offload", "optimiser"], "did you mean 'optimizer'"),
+        (["--strategy", "zero2", "--offload", "optimizer"], "two GPUs or more"),
         (["--gpus", "none"], "numbers above zero"),
         (["--positions", "20"], "too few for one image"),
         (["--positions", "200", "--supervised", "190"], "more supervised tokens than text"),
