@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tests.faults.conftest import settings
 from tests.helpers.tiny import TinyCheckpoint
-from theworld_train.assemble import train
+from theworld_train.assemble.run import train
 from theworld_train.checkpoint_files import checkpoints, file_sha256, verify_checkpoint
 from theworld_train.cli.app import app
 from theworld_train.config import parse_run_config
@@ -159,7 +159,7 @@ def test_output_directory_that_cannot_be_is_told_before_a_model_loads(
     tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("theworld_train.assemble.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("theworld_train.assemble.run.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(ConfigError, match="output_dir"):
         resume(tiny, tmp_path / "file" / "run", {})
 

@@ -76,7 +76,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from rich.console import Console
 
-    from theworld_train.assemble import train
+    from theworld_train.assemble.run import train
     from theworld_train.config import load_run_config
     from theworld_train.train.runtime import Runtime
 

@@ -25,7 +25,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from rich.console import Console
 
-    from theworld_train import assemble
+    from theworld_train.assemble import inputs, run
     from theworld_train.config import load_run_config
     from theworld_train.config.errors import ConfigError
     from theworld_train.train.checkpoint import CheckpointWriter
@@ -34,7 +34,7 @@ def main() -> None:
     def fail(*_args: object, **_kwargs: object) -> Path:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    assemble.check_budget = lambda *_: []  # which would find before the first step that nothing is readable
+    inputs.check_budget = lambda *_: []  # which would find before the first step that nothing is readable
     close, write = Runtime.close, CheckpointWriter.write
     Runtime.close = lambda runtime: None  # type: ignore[method-assign]
     rank = os.environ["RANK"]
@@ -45,7 +45,7 @@ def main() -> None:
         config = load_run_config(own)
         CheckpointWriter.write = fail if config.name == "save" else write  # type: ignore[method-assign]
         try:
-            assemble.train(config, Console(file=io.StringIO()))
+            run.train(config, Console(file=io.StringIO()))
         except ConfigError as error:
             report[path.stem] = ["ConfigError", str(error)]
         except Exception as error:

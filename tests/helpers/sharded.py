@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from theworld_train.assemble import build_stage
+from theworld_train.assemble.model import build_stage
 from theworld_train.config.schema import RunConfig
 from theworld_train.model.build import build_on_meta
 from theworld_train.model.configuration import TheWorldConfig

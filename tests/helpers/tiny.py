@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration, Gemma3Processor
 
-from theworld_train.config.schema import MovingDigitsSource
+from theworld_train.batch import Batch
+from theworld_train.config.schema import MovingDigitsSource, RunConfig
+from theworld_train.data import Collator, open_source
 from theworld_train.data.moving_digits import WORDS, MovingDigits
 from theworld_train.model import TheWorld, TheWorldProcessor
 from theworld_train.model.build import write_tiny
@@ -116,3 +118,23 @@ def user(*contents: str | Image.Image | Sequence[Image.Image]) -> Message:
 def assistant(text: str) -> Message:
     """Returns a turn of the model."""
     return {"role": "assistant", "content": parts(text)}
+
+
+def held_out(checkpoint: Path, config: RunConfig) -> Batch:
+    """Returns the first four held-out samples of a run, as a checkpoint's processor encodes them."""
+    source = open_source(config.data.eval)
+    return Collator(TheWorldProcessor.from_pretrained(checkpoint), 4096)([source[index] for index in range(4)])
+
+
+@torch.no_grad()
+def logits(model: TheWorld, batch: Batch, **kwargs: Any) -> torch.Tensor:
+    """Returns a model's logits of a batch."""
+    return model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        token_type_ids=batch.token_type_ids,
+        pixel_values=batch.pixel_values,
+        world_frames=batch.world_frames,
+        world_frame_counts=batch.world_frame_counts,
+        **kwargs,
+    ).logits

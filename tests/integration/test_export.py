@@ -17,7 +17,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from tests.helpers.tiny import TinyCheckpoint, clip, image, user
-from theworld_train.assemble import train
+from theworld_train.assemble.run import train
 from theworld_train.cli.app import app
 from theworld_train.config import parse_run_config
 from theworld_train.export import directory as export_module

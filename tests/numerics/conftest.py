@@ -16,8 +16,9 @@ from PIL import Image
 from rich.console import Console
 
 from tests.helpers.tiny import TinyCheckpoint
-from theworld_train import assemble
-from theworld_train.assemble import Inputs, LoadedModel, load_model, open_inputs
+from theworld_train.assemble import run
+from theworld_train.assemble.inputs import Inputs, open_inputs
+from theworld_train.assemble.model import LoadedModel, load_model
 from theworld_train.config import load_run_config
 from theworld_train.config.schema import MovingDigitsSource, RunConfig
 from theworld_train.data import Collator, TrainingOrder, Window, training_batches
@@ -180,7 +181,7 @@ class FinishedRun:
 def finish(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], FinishedRun]:
     """Runs a config as `theworld-train train` does."""
 
-    def run(config: RunConfig) -> FinishedRun:
+    def finish(config: RunConfig) -> FinishedRun:
         loaded: list[LoadedModel] = []
 
         def keep(*args: Any, **kwargs: Any) -> LoadedModel:
@@ -188,11 +189,11 @@ def finish(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], FinishedRun
             return loaded[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(assemble, "load_model", keep)
-            assemble.train(config, Console(file=io.StringIO()))
+            patch.setattr(run, "load_model", keep)
+            run.train(config, Console(file=io.StringIO()))
         return FinishedRun(Path(config.output_dir), loaded[0].model)
 
-    return run
+    return finish
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.helpers.tiny import held_out, logits
 from theworld_train.accounting.ledger import ParameterLedger
-from theworld_train.assemble import ledger_of, load_model
-from theworld_train.batch import Batch
+from theworld_train.assemble.model import ledger_of, load_model
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
-from theworld_train.data import Collator, open_source
-from theworld_train.model import TheWorld, TheWorldProcessor
+from theworld_train.model import TheWorld
 from theworld_train.model.adapters import adapter_parameters, base_parameters
 from theworld_train.model.components import component_modules
 
@@ -38,23 +37,6 @@ def language(run: Any) -> torch.nn.Module:
 
 def record(checkpoint: Path) -> dict[str, dict[str, str]]:
     return json.loads((checkpoint / "components.json").read_text())["components"]
-
-
-def held_out(checkpoint: Path, config: RunConfig) -> Batch:
-    source = open_source(config.data.eval)
-    return Collator(TheWorldProcessor.from_pretrained(checkpoint), 4096)([source[index] for index in range(4)])
-
-
-@torch.no_grad()
-def logits(model: TheWorld, batch: Batch) -> Tensor:
-    return model.eval()(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        token_type_ids=batch.token_type_ids,
-        pixel_values=batch.pixel_values,
-        world_frames=batch.world_frames,
-        world_frame_counts=batch.world_frame_counts,
-    ).logits
 
 
 def difference(first: Tensor, second: Tensor) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.tiny import Message, TinyCheckpoint, assistant, clip, image, user
+from tests.helpers.tiny import Message, TinyCheckpoint, assistant, clip, image, logits, user
 from theworld_train.batch import Batch
 from theworld_train.data.collator import Collator
 from theworld_train.data.source import Sample
@@ -40,18 +40,9 @@ def collate(processor: TheWorldProcessor, indices: list[int], side: Any = "right
     return Collator(processor, 4096, side)(samples)
 
 
-@torch.no_grad()
 def logits_at_real_tokens(model: TheWorld, batch: Batch, **kwargs: Any) -> list[Tensor]:
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        token_type_ids=batch.token_type_ids,
-        pixel_values=batch.pixel_values,
-        world_frames=batch.world_frames,
-        world_frame_counts=batch.world_frame_counts,
-        **kwargs,
-    ).logits
-    return [row[mask.bool()] for row, mask in zip(logits, batch.attention_mask, strict=True)]
+    rows = zip(logits(model, batch, **kwargs), batch.attention_mask, strict=True)
+    return [row[mask.bool()] for row, mask in rows]
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -74,16 +65,16 @@ def test_padding_and_neighbours_change_nothing(
     batch = collate(processor, order, side)
     assert batch.input_ids.shape[1] > model.config.text_config.sliding_window or 0 not in order
     assert not batch.attention_mask.all()
-    for index, logits in zip(order, logits_at_real_tokens(model, batch), strict=True):
-        assert_same(logits, alone[index])
+    for index, row in zip(order, logits_at_real_tokens(model, batch), strict=True):
+        assert_same(row, alone[index])
 
 
 def test_in_fp64_nothing_but_rounding_is_left(tiny: TinyCheckpoint):
     model, processor = tiny.theworld().double(), tiny.processor()
     batched = logits_at_real_tokens(model, collate(processor, [0, 1, 2, 3]))
-    for index, logits in enumerate(batched):
+    for index, row in enumerate(batched):
         single = logits_at_real_tokens(model, collate(processor, [index]))[0]
-        torch.testing.assert_close(logits, single, rtol=0, atol=1e-11)
+        torch.testing.assert_close(row, single, rtol=0, atol=1e-11)
 
 
 def test_token_types_are_found_when_they_are_left_out(setup: tuple[TheWorld, TheWorldProcessor], alone: list[Tensor]):

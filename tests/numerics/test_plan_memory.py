@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.planned import EVERYTHING, architecture, real_model, run_config
 from tests.helpers.sharded import fsdp2_peak
-from theworld_train.assemble import ledger_of
+from theworld_train.assemble.model import ledger_of
 from theworld_train.config import load_run_config, parse_run_config
 from theworld_train.plan.advice import Planner
 from theworld_train.plan.dry_run import dry_run, sample_shape, synthetic_batch, trace_steps

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
-from theworld_train.assemble import load_model
-from theworld_train.batch import Batch
+from tests.helpers.tiny import held_out, logits
+from theworld_train.assemble.model import load_model
 from theworld_train.checkpoint_files import Origin, origin_of, read_record, recorded_origin
 from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
-from theworld_train.data import Collator, open_source
-from theworld_train.model import TheWorld, TheWorldProcessor
+from theworld_train.model import TheWorld
 
 CHAIN = ("projection", "vision", "language")
 EVERYTHING = tuple(Component)
@@ -51,23 +49,6 @@ def origin(run: Any) -> Origin | None:
 
 def file(run: Any, component: str) -> bytes:
     return (run.checkpoint / f"{component}.safetensors").read_bytes()
-
-
-def held_out(checkpoint: Path, config: RunConfig) -> Batch:
-    source = open_source(config.data.eval)
-    return Collator(TheWorldProcessor.from_pretrained(checkpoint), 4096)([source[index] for index in range(4)])
-
-
-@torch.no_grad()
-def logits(model: TheWorld, batch: Batch) -> Tensor:
-    return model.eval()(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        token_type_ids=batch.token_type_ids,
-        pixel_values=batch.pixel_values,
-        world_frames=batch.world_frames,
-        world_frame_counts=batch.world_frame_counts,
-    ).logits
 
 
 def test_checkpoints_hold_all_that_the_chain_has_trained(chain: dict[str, Any]):

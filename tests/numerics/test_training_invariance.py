@@ -18,8 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint
-from theworld_train import assemble
-from theworld_train.assemble import load_model
+from theworld_train.assemble import run
+from theworld_train.assemble.model import load_model
 from theworld_train.config import dump_config, parse_run_config
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import TrainingOrder, open_source
@@ -97,7 +97,7 @@ def whole(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
 
 def train(config: RunConfig) -> None:
-    assemble.train(config, Console(file=io.StringIO()))
+    run.train(config, Console(file=io.StringIO()))
 
 
 def rows(directory: Path, event: str = "train") -> Rows:

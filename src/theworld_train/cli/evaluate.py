@@ -49,7 +49,7 @@ def evaluate(
         if json_file is not None:
             _check_writable(json_file)
         offline()
-        from theworld_train.assemble import load_run
+        from theworld_train.assemble.run import load_run
         from theworld_train.evaluate.ablations import run_ablations
 
         config, path = load_run(Path(paths[0]), overrides)

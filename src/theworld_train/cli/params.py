@@ -54,7 +54,7 @@ def params(
     if diff and len(paths) != 2:
         raise ConfigError(f"--diff compares two runs, got {len(paths)}")
     offline()
-    from theworld_train.assemble import ledger_of
+    from theworld_train.assemble.model import ledger_of
     from theworld_train.hub import required_repositories
 
     ledgers: dict[str, ParameterLedger] = {}
@@ -82,7 +82,7 @@ def _config_of(path: str, overrides: Sequence[str]) -> RunConfig:
     from theworld_train.config import load_run_config
 
     if Path(path).is_dir():
-        from theworld_train.assemble import CONFIG_FILE
+        from theworld_train.assemble.run import CONFIG_FILE
         from theworld_train.checkpoint_files import resolve_checkpoint
 
         return load_run_config(str(resolve_checkpoint(Path(path)) / CONFIG_FILE), overrides)

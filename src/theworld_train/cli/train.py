@@ -35,7 +35,7 @@ def train(
             raise ConfigError(problems)
         config = hub.pin_revisions(config, lock)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        from theworld_train.assemble import train as run
+        from theworld_train.assemble.run import train as run
         from theworld_train.cli.tables import output
         from theworld_train.train.stopping import StoppedError
 

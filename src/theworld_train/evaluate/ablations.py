@@ -11,15 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from theworld_train.assemble import (
-    EvaluationInputs,
-    held_out_batches,
-    load_model,
-    load_run,
-    move,
-    open_evaluation_inputs,
-    open_processor,
-)
+from theworld_train.assemble.inputs import EvaluationInputs, open_evaluation_inputs, open_processor
+from theworld_train.assemble.model import load_model, move
+from theworld_train.assemble.run import held_out_batches, load_run
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import Ablation, RunConfig
 from theworld_train.data import Collator, EvaluationBatch

@@ -10,7 +10,7 @@ from typing import Literal
 
 from theworld_train.accounting.gpus import GpuSpec
 from theworld_train.accounting.tokens import world_tokens
-from theworld_train.assemble import describe_model
+from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
 from theworld_train.config.schema import RunConfig, frames_of
 from theworld_train.plan.allocator import reserved_bytes

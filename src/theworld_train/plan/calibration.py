@@ -7,7 +7,7 @@ from pathlib import Path
 
 from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
 from theworld_train.accounting.step_time import calibrate
-from theworld_train.assemble import CONFIG_FILE, METRICS_FILE
+from theworld_train.assemble.run import CONFIG_FILE, METRICS_FILE
 from theworld_train.config import load_run_config
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from theworld_train.accounting.tokens import latent_frames
-from theworld_train.assemble import build_stage, describe_model, open_inputs
+from theworld_train.assemble.inputs import open_inputs
+from theworld_train.assemble.model import build_stage, describe_model
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of

@@ -9,7 +9,7 @@ from theworld_train.accounting.collectives import Collective, Exchanged, collect
 from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
 from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
 from theworld_train.accounting.step_time import RunTime, StepTime, run_time, step_time
-from theworld_train.assemble import describe_model
+from theworld_train.assemble.model import describe_model
 from theworld_train.config.schema import RunConfig
 from theworld_train.plan.advice import Setting
 from theworld_train.plan.dry_run import DryRun

@@ -38,7 +38,7 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Returns a context for one micro-batch; gradients are reduced over ranks in the window's last one."""
+        """Returns a context for one micro-batch; after the window's last one, gradients are those of all ranks."""
         ...
 
     def backward(self, loss: Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers.tiny import TinyCheckpoint
-from theworld_train import assemble
+from theworld_train.assemble import run
 from theworld_train.cli.app import app
 from theworld_train.config import dump_config, parse_run_config
 from theworld_train.train.stopping import StoppedError
@@ -29,7 +29,7 @@ def test_run_that_a_signal_has_stopped_is_a_temporary_failure(
         "training": {"max_steps": 1},
     }
     (tmp_path / "run.yaml").write_text(dump_config(parse_run_config(values)))
-    monkeypatch.setattr(assemble, "train", stop)
+    monkeypatch.setattr(run, "train", stop)
     result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")])
     assert result.exit_code == 75
     assert "run: stopped by a signal after step 7; resume=latest goes on from there" in result.output

@@ -18,7 +18,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.accounting.ledger import LedgerRow, ParameterLedger, lines
-from theworld_train.assemble import ledger_of
+from theworld_train.assemble.model import ledger_of
 from theworld_train.config import load_run_config
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError

@@ -1,22 +1,20 @@
-"""Composition: from a run config to the objects of a run; the only module that knows them all."""
+"""A training run, from its config to its result, and its checkpoints opened again."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
-from transformers import AutoConfig
 
 from theworld_train.accounting.ledger import ParameterLedger, lines
+from theworld_train.assemble.inputs import EvaluationInputs, Inputs, max_steps, open_inputs
+from theworld_train.assemble.model import LoadedModel, build_stage, ledger_of, load_model, move
 from theworld_train.checkpoint_files import checkpoints, resolve_checkpoint
 from theworld_train.config import dump_config, load_run_config
 from theworld_train.config.components import Component
@@ -25,24 +23,16 @@ from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
     Collator,
     EvaluationBatch,
-    Source,
     TrainingOrder,
     Window,
     accumulation_steps,
-    check_budget,
     evaluation_batches,
-    open_source,
     training_batches,
 )
-from theworld_train.model import TheWorld, TheWorldForConditionalGeneration, TheWorldProcessor
+from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.model.adapters import ADAPTER_SUFFIX
-from theworld_train.model.build import build_on_meta, describe_architecture
-from theworld_train.model.configuration import TheWorldConfig
-from theworld_train.model.digest import base_digests
-from theworld_train.model.world_encoder import read_vae_config
 from theworld_train.train.checkpoint import (
     OPTIMIZER_FILE,
-    Base,
     CheckpointWriter,
     Snapshot,
     clear_remains,
@@ -53,266 +43,18 @@ from theworld_train.train.checkpoint import (
     trained_parameters,
 )
 from theworld_train.train.engine import Engine
-from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer, optimizer_class
-from theworld_train.train.handoff import Inheritance, inherit
-from theworld_train.train.ledger import add_adapters, build_ledger, check_expectation, saved_names, trainable_components
-from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
+from theworld_train.train.handoff import Inheritance
+from theworld_train.train.ledger import build_ledger, check_expectation, saved_names, trainable_components
+from theworld_train.train.metrics import MetricsFile, ProgressDisplay, read_metrics
 from theworld_train.train.resume_rules import check_changes
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
-from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer, TrainingResult
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
-
-
-# -- inputs, checked before any model loads -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """What an evaluation reads, opened and checked.
-
-    Attributes:
-        processor: Turns conversations into tokens and pixels.
-        max_length: Tokens that a sample may have.
-        held_out: Held-out samples, if there are any.
-    """
-
-    processor: TheWorldProcessor
-    max_length: int
-    held_out: Source | None
-
-
-@dataclass(frozen=True)
-class Inputs(EvaluationInputs):
-    """What a training run reads, opened and checked.
-
-    Attributes:
-        train: Training samples.
-    """
-
-    train: Source
-
-
-def open_inputs(config: RunConfig) -> Inputs:
-    """Opens data and processor and checks every row and the sequence budget; no weights are read.
-
-    Raises:
-        ConfigError: With everything that is wrong.
-    """
-    train = open_source(config.data.train)
-    held_out = None if config.data.eval is None else open_source(config.data.eval)
-    sources = [train] if held_out is None else [train, held_out]
-    processor, max_length = _check_inputs(config, sources, missing_trackers(config.tracking.trackers))
-    return Inputs(processor, max_length, held_out, train)
-
-
-def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
-    """Opens and checks what an evaluation needs, as `open_inputs` does; the training samples need not be there.
-
-    Raises:
-        ConfigError: With everything that is wrong.
-    """
-    assert config.data.eval is not None
-    held_out = open_source(config.data.eval)
-    processor, max_length = _check_inputs(config, [held_out])
-    return EvaluationInputs(processor, max_length, held_out)
-
-
-def _check_inputs(
-    config: RunConfig, sources: Sequence[Source], problems: Sequence[Problem] = ()
-) -> tuple[TheWorldProcessor, int]:
-    """Checks sources and sequence budget, and returns the processor and the tokens that a sample may have.
-
-    Raises:
-        ConfigError: With everything that is wrong; `problems` are what was found before.
-    """
-    found = [*problems, *(problem for source in sources for problem in source.check())]
-    if found:
-        raise ConfigError(found)
-    processor = open_processor(config)
-    if config.model.world.enabled:
-        read_vae_config(config.model.world.encoder, config.model.world.encoder_revision)
-    max_length = config.data.max_sequence_length or _context_length(config)
-    smallest = processor.num_visual_tokens()
-    if max_length <= smallest:
-        raise ConfigError(
-            Problem(
-                f"too small for a single image, which takes {smallest} tokens at a world resolution of "
-                f"{config.model.world.resolution}",
-                key="data.max_sequence_length",
-                value=max_length,
-                hint="raise it, or lower model.world.resolution",
-            )
-        )
-    for source in sources:
-        if unfit := check_budget(source, Collator(processor, max_length)):
-            raise ConfigError(unfit)
-    return processor, max_length
-
-
-def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldProcessor:
-    """Returns the processor of a run, made from the base's tokenizer and image processor."""
-    world = config.model.world
-    try:
-        processor: TheWorldProcessor = TheWorldProcessor.from_pretrained(
-            config.model.base,
-            revision=config.model.revision or "main",
-            enable_world=world.enabled and enable_world,
-            world_resolution=world.resolution,
-            world_resize=world.resize,
-            world_tokens=world.tokens,
-        )
-    except (OSError, ValueError) as error:  # the hub refuses a name that is no repository with a ValueError
-        raise ConfigError(
-            Problem(f"cannot read tokenizer and processor: {error}", key="model.base", value=config.model.base)
-        ) from error
-    return processor
-
-
-def _context_length(config: RunConfig) -> int:
-    base = AutoConfig.from_pretrained(config.model.base, revision=config.model.revision or "main")
-    return int(base.get_text_config().max_position_embeddings)
-
-
-def max_steps(config: RunConfig, samples: int) -> int:
-    """Returns the optimizer steps of a run; `epochs` is rounded up to whole steps."""
-    training = config.training
-    if training.max_steps is not None:
-        return training.max_steps
-    assert training.epochs is not None
-    return math.ceil(training.epochs * samples / training.global_batch_size)
-
-
-# -- the model ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in the state that a run starts from.
-
-    Attributes:
-        model: The model, frozen and trainable parts set.
-        base: Where language and vision weights come from.
-        encoder: Where the chain's world encoder comes from.
-        digests: Digest of each component as the chain's bases hold it.
-        inheritance: What came from a checkpoint.
-    """
-
-    model: TheWorldForConditionalGeneration
-    base: Base
-    encoder: Base | None
-    digests: dict[str, str]
-    inheritance: Inheritance
-
-
-def load_model(
-    config: RunConfig, trainable: tuple[Component, ...], checkpoint: Path | None = None, *, resume: bool = False
-) -> LoadedModel:
-    """Loads the bases in their own dtypes, sets what trains, and copies a checkpoint's components.
-
-    Args:
-        config: The run config.
-        trainable: Components that train; none for evaluation.
-        checkpoint: A sealed checkpoint, or None to start from the bases.
-        resume: Whether the run that wrote the checkpoint is continued.
-
-    Raises:
-        ConfigError: If weights are missing, or the checkpoint does not fit them.
-    """
-    world = config.model.world
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed)
-    model = TheWorld.from_pretrained(
-        config.model.base,
-        revision=config.model.revision,
-        enable_world=world.enabled,
-        cosmos=world.encoder,
-        cosmos_revision=world.encoder_revision,
-        attn_implementation=attention_of(config),
-        projection=world.projection,
-        tokens=world.tokens,
-        resolution=world.resolution,
-        resize=world.resize,
-        max_world_steps=world.max_world_steps,
-        dtype="auto",
-    )
-    base = _base(config.model.base, config.model.revision)
-    encoder = _base(world.encoder, world.encoder_revision) if world.enabled else None
-    digests = base_digests(model)
-    if trainable:
-        add_adapters(model, config)
-    apply_trainable(model, trainable, config.precision, getattr(torch, world.encoder_dtype))
-    inheritance = Inheritance()
-    if checkpoint is not None:
-        trained = saved_names(config)
-        inheritance = inherit(
-            model, checkpoint, base=base, encoder=encoder, digests=digests, resume=resume, trained=trained
-        )
-        # A stage without a world path hands on what the stages before it have recorded of theirs.
-        encoder, digests = encoder or inheritance.encoder, inheritance.digests | digests
-    return LoadedModel(model, base, encoder, digests, inheritance)
-
-
-def _base(source: str, revision: str | None) -> Base:
-    """Names a base: a directory by its absolute path, so that a checkpoint finds it from anywhere."""
-    return Base(str(Path(source).resolve()), None) if Path(source).is_dir() else Base(source, revision)
-
-
-def describe_model(config: RunConfig) -> TheWorldConfig:
-    """Returns the config of a run's model without weights; for the built-in architectures not even a file is read."""
-    world = config.model.world
-    architecture = describe_architecture(
-        config.model.base,
-        config.model.revision,
-        world.encoder,
-        world.encoder_revision,
-        enable_world=world.enabled,
-        world_projection=world.projection,
-        world_tokens=world.tokens,
-        world_resolution=world.resolution,
-        max_world_steps=world.max_world_steps,
-    )
-    architecture._attn_implementation = attention_of(config)
-    return architecture
-
-
-def attention_of(config: RunConfig) -> str:
-    """Returns the name under which transformers knows a run's attention."""
-    return "sdpa" if config.model.attention == "auto" else config.model.attention
-
-
-def ledger_of(config: RunConfig) -> ParameterLedger:
-    """Returns the ledger of a run from shapes alone."""
-    shell = build_on_meta(describe_model(config))
-    dtype = getattr(torch, config.model.world.encoder_dtype)
-    add_adapters(shell, config)
-    apply_trainable(shell, trainable_components(config), config.precision, dtype)
-    return build_ledger(shell, config)
-
-
-def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> StageModule:
-    """Returns the module of a run's training step around a model that `apply_trainable` has prepared."""
-    return StageModule(
-        model,
-        trainable_components(config),
-        precision=config.precision,
-        chunk_size=config.training.loss_chunk_size,
-        gradient_checkpointing=config.training.gradient_checkpointing,
-        reference=config.training.loss == "reference_4_56",
-    )
-
-
-def move(model: TheWorldForConditionalGeneration, device: torch.device) -> None:
-    """Moves a whole model to a device, in place."""
-    torch.nn.Module.to(model, device)
-
-
-# -- a training run -----------------------------------------------------------------------------------------------
 
 
 def starting_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:
@@ -623,9 +365,6 @@ def write_result(directory: Path, ledger: ParameterLedger, result: TrainingResul
     partial = directory / f".{RESULT_FILE}.partial"
     partial.write_text(json.dumps(summary, indent=1))
     partial.replace(directory / RESULT_FILE)
-
-
-# -- checkpoints of a run, opened again ---------------------------------------------------------------------------
 
 
 def load_run(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:
