@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.model.world_encoder import WorldEncoder
-from theworld_train.train.groups import restore_slots, saved_slots
+from theworld_train.train.groups import restore_slots, saved_slots, step_counter
 from theworld_train.train.stage import StageModule
 
 #: Slots of AdamW's state that are as large as their parameter.
@@ -185,6 +185,8 @@ class ShardedEngine:
                 assert isinstance(kept, DTensor)
                 kept.to_local().copy_(part.to_local())
                 value = kept
+            elif name == "step":
+                value = step_counter(self.optimizer, value, self.held(parameter).device)
             state[name] = value
         self.optimizer.state[parameter] = state
 
@@ -288,7 +290,8 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         for shard in zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups:
             moments = {name: torch.zeros_like(shard) for name in MOMENTS}
-            self.optimizer.state[shard] = {"step": torch.tensor(0.0), **moments}
+            step = step_counter(self.optimizer, torch.tensor(0.0), shard.device)
+            self.optimizer.state[shard] = {"step": step, **moments}
         if self._stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 

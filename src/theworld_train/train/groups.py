@@ -85,11 +85,37 @@ def optimizer_class(name: OptimizerName) -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
+def adamw_implementation(device_type: str) -> dict[str, bool]:
+    """Returns the arguments by which torch's AdamW takes the kernel that is chosen for a device.
+
+    On CUDA it is the fused one: torch's own choice there, `foreach`, makes temporaries as large as a group's weights.
+
+    Args:
+        device_type: Where the parameters are, such as `cuda`.
+    """
+    return {"fused": True} if device_type == "cuda" else {}
+
+
 def build_optimizer(model: TheWorldForConditionalGeneration, config: RunConfig) -> torch.optim.Optimizer:
     """Returns the optimizer over the trainable parameters."""
     section = config.optimizer
+    groups = parameter_groups(model, config)
     arguments: dict[str, Any] = {"betas": section.betas, "eps": section.eps}
-    return optimizer_class(section.name)(parameter_groups(model, config), **arguments)
+    if section.name == "adamw":
+        (device_type,) = {parameter.device.type for group in groups for parameter in group["params"]}
+        arguments |= adamw_implementation(device_type)
+    return optimizer_class(section.name)(groups, **arguments)
+
+
+def step_counter(optimizer: torch.optim.Optimizer, value: Tensor, device: torch.device) -> Tensor:
+    """Returns AdamW's step counter of a parameter: beside it for the fused kernel, else on the CPU.
+
+    Args:
+        optimizer: The optimizer.
+        value: What it counts, a scalar.
+        device: Where the parameter is.
+    """
+    return value.to(device if optimizer.defaults.get("fused") else "cpu", copy=True)
 
 
 def state_bytes(size: int, itemsize: int, name: OptimizerName) -> int:
@@ -128,8 +154,9 @@ def saved_slots(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def restore_slots(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, slots: Mapping[str, Tensor]) -> None:
     """Gives an optimizer what `saved_slots` returned."""
     state: dict[str, Any] = {slot: value.to(parameter.device) for slot, value in slots.items() if slot != "step"}
-    # AdamW keeps its step counter on the CPU, and bitsandbytes in Python.
-    state["step"] = slots["step"] if slots["step"].is_floating_point() else int(slots["step"])
+    # bitsandbytes counts in Python.
+    counts_in_tensor = slots["step"].is_floating_point()
+    state["step"] = step_counter(optimizer, slots["step"], parameter.device) if counts_in_tensor else int(slots["step"])
     if is_8bit(optimizer) and state[MOMENT_8BIT].dtype == torch.uint8:
         tables: dict[str, Tensor] = cast(Any, optimizer).name2qmap
         for slot, table in SHARED_TABLES.items():

@@ -12,7 +12,14 @@ from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.model.components import component_parameters
 from theworld_train.train.freeze import apply_trainable
-from theworld_train.train.groups import build_optimizer, is_decayed, parameter_groups, set_rates
+from theworld_train.train.groups import (
+    adamw_implementation,
+    build_optimizer,
+    is_decayed,
+    parameter_groups,
+    set_rates,
+    step_counter,
+)
 
 Config = Callable[..., RunConfig]
 FULL = tuple(Component)
@@ -109,3 +116,16 @@ def test_rates_are_a_factor_of_each_peak(tiny: TinyCheckpoint, run_config: Confi
 
 def test_every_component_has_its_parameters(tiny: TinyCheckpoint):
     assert set(component_parameters(tiny.theworld().requires_grad_(True))) == set(FULL)
+
+
+def test_step_counters_are_where_the_chosen_kernel_reads_them():
+    parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    counted = torch.tensor(3.0)
+    devices = {}
+    for device_type in ("cuda", "cpu"):
+        optimizer = torch.optim.AdamW([parameter], **adamw_implementation(device_type))
+        devices[device_type] = step_counter(optimizer, counted, parameter.device).device.type
+    assert devices == {"cuda": "meta", "cpu": "cpu"}, "beside the parameter for the fused kernel, else on the CPU"
+    kept = step_counter(optimizer, counted, parameter.device)
+    kept += 1
+    assert counted == 3, "what was loaded is not counted on"
