@@ -51,6 +51,7 @@ from theworld_train.train.resume_rules import check_changes
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.trainer import Trainer, TrainingResult
+from theworld_train.train.watchdog import clear_heartbeats
 
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
@@ -127,6 +128,7 @@ def train(config: RunConfig, console: Console) -> TrainingResult:
             with runtime.agreement():
                 if runtime.is_main:
                     _take_directory(config, held, console)
+            held.enter_context(runtime.watched(Path(config.output_dir), config.runtime.timeout_s))
             with runtime.agreement():
                 checkpoint, resume = starting_checkpoint(config)
             runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
@@ -146,6 +148,7 @@ def _take_directory(config: RunConfig, held: ExitStack, console: Console) -> Non
     directory = Path(config.output_dir)
     held.enter_context(run_lock(directory, config.name))
     clear_remains(directory)
+    clear_heartbeats(directory)
     if config.resume == "latest":
         for damage in set_damaged_aside(directory):
             console.print(f"{config.name}: {damage}", highlight=False, markup=False, soft_wrap=True)

@@ -303,7 +303,8 @@ class RuntimeSection(Section):
     hybrid: bool = False
     """Under fsdp2, shard within a node and replicate over nodes."""
     timeout_s: PositiveInt = 600
-    """Seconds after which a collective that does not return ends the run."""
+    """Seconds within which every rank has to move on (a micro-batch, its compilation included, or a batch of samples;
+    loading may take 3 times as long, a save 10 times), or all ranks end with a report."""
 
     @model_validator(mode="after")
     def _check_strategy(self) -> RuntimeSection:

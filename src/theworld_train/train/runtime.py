@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -30,12 +31,16 @@ from theworld_train.train.engine import (
     deepspeed_settings,
 )
 from theworld_train.train.stage import StageModule
+from theworld_train.train.watchdog import REPORT_S, Watchdog
 
 T = TypeVar("T")
 
 
 class Runtime:
     """One rank's view of the run's process group."""
+
+    _watchdog: Watchdog | None = None
+    _waits = 0
 
     def __init__(self, config: RunConfig) -> None:
         """Forms the process group that the launcher has announced, or none for a single process.
@@ -51,7 +56,7 @@ class Runtime:
         # Convolutions are fp32 where they say so: the default on GPUs since Ampere would round their inputs to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        process_group: dict[str, Any] = {"timeout": timedelta(seconds=config.runtime.timeout_s)}
+        process_group: dict[str, Any] = {"timeout": timedelta(seconds=config.runtime.timeout_s + REPORT_S)}
         if torch.cuda.is_available():
             process_group["backend"] = "cuda:nccl,cpu:gloo"  # offloaded shards are exchanged on the host
         # Precision and accumulation are the trainer's: autocast over fp32 masters, and a scale on each backward.
@@ -118,6 +123,7 @@ class Runtime:
 
     def exchange(self, values: Sequence[float]) -> list[list[float]]:
         """Returns equally many numbers of every rank, in the order of ranks, in fp64."""
+        self.beat()
         if self.world_size == 1:
             return [[float(value) for value in values]]
         own = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -160,6 +166,49 @@ class Runtime:
         values: list[T | None] = [None] * self.world_size
         torch.distributed.all_gather_object(values, value)
         return cast(list[T], values)
+
+    # -- progress -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watched(self, directory: Path, timeout_s: float) -> Generator[None]:
+        """Runs a block in which this rank has to move on, and says in the run's directory where it is."""
+        with Watchdog(directory, self.rank, self.world_size, timeout_s) as self._watchdog:
+            yield
+        self._watchdog = None
+
+    def enter(self, phase: str, step: int, sample_ids: Sequence[str] = (), patience: float = 1.0) -> None:
+        """Says what this rank does from now on; see `Watchdog.enter`."""
+        if self._watchdog is not None:
+            self._watchdog.enter(phase, step, sample_ids, patience)
+
+    def beat(self) -> None:
+        """Says that this rank has moved on."""
+        if self._watchdog is not None:
+            self._watchdog.beat()
+
+    def on_main(self, work: Callable[[], None]) -> None:
+        """Does something on the main rank; the others wait, not in a collective, which would give up too early.
+
+        Raises:
+            Exception: On the main rank, its error.
+            ConfigError: On the others, with what the main rank says.
+        """
+        error: Exception | None = None
+        self._waits += 1
+        store = torch.distributed.distributed_c10d._get_default_store() if self.world_size > 1 else None
+        key, pause_s = f"theworld-train/on-main-{self._waits}", 0.01
+        if self.is_main:
+            try:
+                work()
+            except Exception as failure:
+                error = failure
+            if store is not None:
+                store.set(key, "")
+        elif store is not None:
+            while not store.check([key]):
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
+        self.agree_on_failure(error)
 
     # -- failures -----------------------------------------------------------------------------------------------------
 

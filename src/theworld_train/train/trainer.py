@@ -30,6 +30,9 @@ from theworld_train.train.schedule import rate_factor
 from theworld_train.train.stage import StageModule
 from theworld_train.train.stopping import StoppedError, StopRequest
 
+#: How many times longer than anything else a save may take, such as 100 minutes with a `timeout_s` of 10.
+SAVE_PATIENCE = 10
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -155,6 +158,7 @@ class Trainer:
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
         with self._stop.listening(), closing(windows):
             for done in range(self._first_step + 1, self._max_steps + 1):
+                self._runtime.enter("loading samples", done)
                 window, error = take(windows)
                 waited = time.perf_counter() - started
                 try:
@@ -198,6 +202,8 @@ class Trainer:
             ConfigError: On every rank, if any rank has no window, or if none of them holds a supervised token.
             StoppedError: On every rank, if any rank has been told to stop; the step is not taken.
         """
+        if isinstance(window, Window):
+            self._runtime.enter("training", window.step + 1, _sample_ids(window))
         totals = self._totals(window)
         assert isinstance(window, Window)
         if not totals.supervised:
@@ -211,6 +217,7 @@ class Trainer:
                 output = self._engine.wrapped(moved, features, totals.chunks[index])
                 self._engine.backward(output.loss_sum / totals.supervised)
             loss_sum += output.loss_sum.detach()
+            self._runtime.beat()
         norm = self._engine.step(self._config.training.gradient_clip_norm)
         loss, grad_norm = self._runtime.read(self._runtime.sum_over_ranks(loss_sum), norm)
         return StepResult(
@@ -270,8 +277,7 @@ class Trainer:
         spike = self._guard.is_spike(result.loss)
         if window is None or not (spike or result.skipped):
             return ()
-        own = [sample_id for batch in window.micro_batches for sample_id in batch.sample_ids]
-        return tuple(sample_id for rank in self._runtime.gather(own) for sample_id in rank)
+        return tuple(sample_id for rank in self._runtime.gather(_sample_ids(window)) for sample_id in rank)
 
     # -- around the step --------------------------------------------------------------------------------------------
 
@@ -337,6 +343,7 @@ class Trainer:
     def _evaluate(self, done: int) -> EvaluationResult | None:
         if self._held_out is None:
             return None
+        self._runtime.enter("evaluating", done)
         result = evaluate(self._stage, self._engine.wrapped, self._held_out(), self._runtime)
         values = result.metrics()
         if self._metrics is not None:
@@ -350,12 +357,16 @@ class Trainer:
     def _checkpoint(self, done: int) -> None:
         if self._save is None:
             return
+        save = self._save
+        self._runtime.enter("saving", done, patience=SAVE_PATIENCE)
         states = self._runtime.gather(random_state())
-        snapshot = self._save.collect(self._engine, keep=self._runtime.is_main)
-        with self._runtime.agreement():
-            if self._runtime.is_main:
-                self._save.write(done, snapshot, states)
+        snapshot = save.collect(self._engine, keep=self._runtime.is_main)
+        self._runtime.on_main(lambda: save.write(done, snapshot, states))
 
     def _say(self, text: str) -> None:
         if self._progress is not None:
             self._progress.say(text)
+
+
+def _sample_ids(window: Window) -> tuple[str, ...]:
+    return tuple(sample_id for batch in window.micro_batches for sample_id in batch.sample_ids)
