@@ -107,7 +107,8 @@ def launches(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     stop = {"how": "SIGSTOP", "step": 3, "rank": 1}
     launches.add("stopped", "stopped", 2, stop, runtime={"timeout_s": TIMEOUT_S})
     launches.add("stopped-end", "stopped", 2)
-    launches.add("slow", "slow", 2, {"how": "slow save", "rank": 0, "seconds": 3}, runtime={"timeout_s": 1}, checkpoint={})
+    slow = {"how": "slow save", "rank": 0, "seconds": 3}
+    launches.add("slow", "slow", 2, slow, runtime={"timeout_s": 1}, checkpoint={})
     for ranks in (1, 2):
         launches.add(f"long-{ranks}", f"long-{ranks}", ranks, training={"max_steps": LONG})
         fault = {"how": "SIGKILL", "step": MIDDLE + 1, "rank": 0}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ PATIENCE_S = 30
 
 
 @pytest.fixture
-def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Whether the process would have been ended; the thread ends in its place."""
     event = threading.Event()
 
@@ -31,7 +31,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
     monkeypatch.setattr(module.os, "_exit", end)
     monkeypatch.setattr(module, "COLLECT_S", 0.0)
-    yield event
+    return event
 
 
 @pytest.fixture
