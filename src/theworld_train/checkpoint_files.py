@@ -16,7 +16,9 @@ MANIFEST_FILE = "manifest.json"
 COMPONENTS_FILE = "components.json"
 STATE_FILE = "state.json"
 #: Of all three. A checkpoint of any other format is refused.
-FORMAT = 2
+FORMAT = 3
+#: Key of the manifest that holds the digest of all else in it.
+SEAL = "sha256"
 
 _STEP = re.compile(r"^step-(\d+)$")
 
@@ -110,8 +112,14 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Returns the SHA-256 of what a manifest says, but for the seal itself."""
+    said = {key: value for key, value in manifest.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Compares every file of a checkpoint with its manifest and returns the manifest.
+    """Compares a checkpoint's manifest with its seal and every file with the manifest, and returns the manifest.
 
     Raises:
         DamagedCheckpointError: Naming the file that is missing or has changed.
@@ -121,6 +129,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
     if not manifest_path.is_file():
         raise DamagedCheckpointError(f"{path} is no complete checkpoint: it has no {MANIFEST_FILE}")
     manifest = read_record(manifest_path)
+    if manifest.get(SEAL) != manifest_digest(manifest):
+        raise DamagedCheckpointError(f"{manifest_path} is damaged: it does not agree with its own SHA-256")
     try:
         files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
@@ -129,8 +139,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         file = path / name
         if not file.is_file():
             raise DamagedCheckpointError(f"{file} is missing")
-        if (file.stat().st_size, file_sha256(file)) != saved:
-            raise DamagedCheckpointError(f"{file} is not what was saved: its size or hash differs from {MANIFEST_FILE}")
+        found = (file.stat().st_size, file_sha256(file))
+        if found != saved:
+            raise DamagedCheckpointError(
+                f"{file} is not what was saved: {found[0]:,} bytes with SHA-256 {found[1]}, "
+                f"but {MANIFEST_FILE} says {saved[0]:,} bytes with {saved[1]}"
+            )
     return manifest
 
 

@@ -12,13 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.checkpoint_files import file_sha256, verify_checkpoint
 from theworld_train.config import dump_config, parse_run_config
+from theworld_train.model.digest import base_digests
+from theworld_train.train.checkpoint import Base, CheckpointWriter, RunRecord, Snapshot, random_state
 from theworld_train.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
+#: Checkpoints that stay of those that `save` writes.
+KEPT = 2
+#: Writes the checkpoint of a step into a run directory.
+Save = Callable[[Path, int], Path]
 WORKER = Path(__file__).with_name("worker_faults.py")
 
 
@@ -98,6 +105,32 @@ def launch(tiny: TinyCheckpoint) -> Callable[[Path, int, list[Case]], Launch]:
         return Launch(root, [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(processes)])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def save(tiny: TinyCheckpoint) -> Save:
+    """Writes checkpoints as a run does, without one."""
+    model = tiny.theworld()
+    record = RunRecord(
+        run_name="test",
+        config_yaml="name: test\n",
+        model=model,
+        processor=tiny.processor(),
+        base=Base(tiny.gemma, None),
+        encoder=Base(tiny.cosmos, None),
+        init_from=None,
+        trained=("world_projector",),
+        initialised=(),
+        base_digests=base_digests(model),
+        ledger={},
+    )
+
+    def write(directory: Path, step: int) -> Path:
+        values = torch.full((64, 64), float(step))
+        snapshot = Snapshot({"world_projector": {"weight": values}}, {}, {"weight::exp_avg": values})
+        return CheckpointWriter(directory, KEPT, record, {}).write(step, snapshot, [random_state()])
+
+    return write
 
 
 def settings(tiny: TinyCheckpoint, directory: Path, steps: int = 6) -> dict[str, Any]:

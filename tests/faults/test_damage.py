@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from tests.faults.conftest import settings
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.assemble.run import train
-from theworld_train.checkpoint_files import checkpoints, file_sha256, verify_checkpoint
+from theworld_train.checkpoint_files import FORMAT, checkpoints, file_sha256, verify_checkpoint
 from theworld_train.cli.app import app
 from theworld_train.config import parse_run_config
 from theworld_train.config.errors import ConfigError
@@ -83,10 +84,27 @@ def run(finished: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", CLASSES)
 def test_damage_to_any_file_is_found_and_the_file_is_named(name: str, damage: str, run: Path):
     DAMAGES[damage](run / "step-4" / name)
-    # A manifest that is wrong in a single bit names a file that it no longer agrees with.
-    named = "step-4" if (name, damage) == ("manifest.json", "flip") else name.replace(".", r"\.")
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
         verify_checkpoint(run / "step-4")
+
+
+def test_every_bit_of_the_manifest_is_sealed(run: Path):
+    path = run / "step-4" / "manifest.json"
+    whole = path.read_text()
+    for key, value in (("run", "other"), ("step", 5), ("world_size", 2), ("files", {})):
+        path.write_text(json.dumps(json.loads(whole) | {key: value}))
+        with pytest.raises(ConfigError, match=r"manifest\.json is damaged: it does not agree with its own SHA-256"):
+            verify_checkpoint(run / "step-4")
+
+
+def test_file_that_has_changed_is_named_with_both_sizes_and_hashes(run: Path):
+    file = run / "step-4" / "optimizer.safetensors"
+    size, sha256 = file.stat().st_size, file_sha256(file)
+    truncate(file)
+    with pytest.raises(ConfigError) as caught:
+        verify_checkpoint(run / "step-4")
+    for part in (f"{size - 1:,} bytes", file_sha256(file), f"{size:,} bytes", sha256):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "manifest.json"])
@@ -112,7 +130,7 @@ def test_damaged_checkpoint_that_is_named_is_an_error(tiny: TinyCheckpoint, run:
 
 def test_other_format_is_no_damage(tiny: TinyCheckpoint, run: Path):
     path = run / "step-4" / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))
+    path.write_text(path.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     with pytest.raises(ConfigError, match="is of format 1"):
         resume(tiny, run, {})
     assert (run / "step-4").is_dir(), "it is another version's to read"

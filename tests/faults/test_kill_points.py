@@ -6,50 +6,16 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers.tiny import TinyCheckpoint
+from tests.faults.conftest import KEPT, Save
 from theworld_train.checkpoint_files import checkpoint_step, checkpoints, verify_checkpoint
-from theworld_train.model.digest import base_digests
-from theworld_train.train.checkpoint import Base, CheckpointWriter, Snapshot, clear_remains, random_state
+from theworld_train.train.checkpoint import clear_remains
 
 #: What Python does to files, as its audit events call it.
 CALLS = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir"}
-KEPT = 2
-
-Save = Callable[[Path, int], Path]
-
-
-@pytest.fixture(scope="module")
-def save(tiny: TinyCheckpoint) -> Save:
-    model, processor = tiny.theworld(), tiny.processor()
-    digests = base_digests(model)
-
-    def write(directory: Path, step: int) -> Path:
-        values = torch.full((64, 64), float(step))
-        return CheckpointWriter(directory, KEPT).write(
-            step,
-            snapshot=Snapshot({"world_projector": {"weight": values}}, {}, {"weight::exp_avg": values}),
-            model=model,
-            processor=processor,
-            config_yaml="name: test\n",
-            run_name="test",
-            base=Base(tiny.gemma, None),
-            encoder=Base(tiny.cosmos, None),
-            init_from=None,
-            trained=("world_projector",),
-            initialised=(),
-            carried={},
-            base_digests=digests,
-            ledger={},
-            rng=[random_state()],
-        )
-
-    return write
 
 
 def killed_at(call: int, directory: Path, save: Save) -> bool:

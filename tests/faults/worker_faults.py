@@ -60,10 +60,10 @@ class Faults:
             factor = float(self.faults["loss"]["factor"]) if self.here("loss") else 1.0
             return output._replace(loss_sum=output.loss_sum * factor)
 
-        def faulty_write(writer: CheckpointWriter, done: int, **kwargs: Any) -> Path:
+        def faulty_write(writer: CheckpointWriter, done: int, *args: Any) -> Path:
             if done in self.faults.get("signal", {}).get("saves", []):
                 self.signal()
-            return write(writer, done, **kwargs)
+            return write(writer, done, *args)
 
         Trainer.step = faulty_step  # type: ignore[method-assign]
         StageModule.forward = faulty_forward  # type: ignore[method-assign]

@@ -58,9 +58,9 @@ class Oracle:
                 self.break_down()
             return forward(stage, *arguments)
 
-        def slow_write(writer: CheckpointWriter, done: int, **kwargs: Any) -> Path:
+        def slow_write(writer: CheckpointWriter, done: int, *args: Any) -> Path:
             time.sleep(self.fault["seconds"] if self.fault.get("how") == "slow save" else 0)
-            return write(writer, done, **kwargs)
+            return write(writer, done, *args)
 
         Trainer.step = watched_step  # type: ignore[method-assign]
         StageModule.forward = watched_forward  # type: ignore[method-assign]

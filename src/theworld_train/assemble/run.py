@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from theworld_train.model.adapters import ADAPTER_SUFFIX
 from theworld_train.train.checkpoint import (
     OPTIMIZER_FILE,
     CheckpointWriter,
+    RunRecord,
     Snapshot,
     clear_remains,
     load_optimizer,
@@ -264,43 +264,36 @@ class RunSaver:
 
     def __init__(self, config: RunConfig, inputs: Inputs, loaded: LoadedModel, ledger: ParameterLedger) -> None:
         """Args: config: of the run. inputs: with its processor. loaded: its model. ledger: its parameters."""
-        self._config, self._inputs, self._loaded, self._ledger = config, inputs, loaded, ledger
-        self._writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last)
-        self._trained = saved_names(config)
+        trained = saved_names(config)
         # An adapter of a component that trains in full now has been merged into it.
-        gone = {*self._trained, *(f"{name}{ADAPTER_SUFFIX}" for name in self._trained)}
-        inherited = loaded.inheritance.components
-        self._carried = {name: entry for name, entry in inherited.items() if name not in gone}
+        gone = {*trained, *(f"{name}{ADAPTER_SUFFIX}" for name in trained)}
+        carried = {name: entry for name, entry in loaded.inheritance.components.items() if name not in gone}
         # No base holds a projector, so it is saved even where it has never trained.
         projector = Component.WORLD_PROJECTOR.value
-        is_new = config.model.world.enabled and projector not in (*self._trained, *self._carried)
-        self._initialised = (projector,) if is_new else ()
+        is_new = config.model.world.enabled and projector not in (*trained, *carried)
+        self._record = RunRecord(
+            run_name=config.name,
+            config_yaml=dump_config(config),
+            model=loaded.model,
+            processor=inputs.processor,
+            base=loaded.base,
+            encoder=loaded.encoder,
+            init_from=loaded.inheritance.origin,
+            trained=trained,
+            initialised=(projector,) if is_new else (),
+            base_digests=loaded.digests,
+            ledger=ledger.to_dict(),
+        )
+        self._writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last, self._record, carried)
 
     def collect(self, engine: Engine, *, keep: bool) -> Snapshot:
         """See `Saver`."""
-        return take_snapshot(self._loaded.model, engine, (*self._trained, *self._initialised), keep=keep)
+        record = self._record
+        return take_snapshot(record.model, engine, (*record.trained, *record.initialised), keep=keep)
 
     def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
         """See `Saver`."""
-        path = self._writer.write(
-            step,
-            snapshot=snapshot,
-            model=self._loaded.model,
-            processor=self._inputs.processor,
-            config_yaml=dump_config(self._config),
-            run_name=self._config.name,
-            base=self._loaded.base,
-            encoder=self._loaded.encoder,
-            init_from=self._loaded.inheritance.origin,
-            trained=self._trained,
-            initialised=self._initialised,
-            carried=self._carried,
-            base_digests=self._loaded.digests,
-            ledger=self._ledger.to_dict(),
-            rng=rng,
-        )
-        # The next checkpoint carries the files on from this one: the one that they came from may be gone by then.
-        self._carried = {name: replace(entry, path=path / entry.path.name) for name, entry in self._carried.items()}
+        self._writer.write(step, snapshot, rng)
 
 
 def _check_output_dir(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ import random
 import shutil
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,11 +27,13 @@ from theworld_train.checkpoint_files import (
     COMPONENTS_FILE,
     FORMAT,
     MANIFEST_FILE,
+    SEAL,
     STATE_FILE,
     DamagedCheckpointError,
     Origin,
     checkpoints,
     file_sha256,
+    manifest_digest,
     verify_checkpoint,
 )
 from theworld_train.config.errors import ConfigError, Problem
@@ -151,50 +153,58 @@ class Saver(Protocol):
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class RunRecord:
+    """What all checkpoints of a run say alike.
+
+    Attributes:
+        run_name: Name of the run.
+        config_yaml: The resolved run config.
+        model: The model; its configs are saved beside the weights.
+        processor: Likewise.
+        base: Where the language and vision weights come from.
+        encoder: Where the world encoder comes from, if the chain has a world path.
+        init_from: Where the run's first weights came from, besides its bases.
+        trained: Components, and adapters of components, that this run trains.
+        initialised: Components that no base holds and nothing has trained; saved as they are.
+        base_digests: Digest of each component as its base holds it.
+        ledger: The parameter ledger.
+    """
+
+    run_name: str
+    config_yaml: str
+    model: TheWorldForConditionalGeneration
+    processor: TheWorldProcessor
+    base: Base
+    encoder: Base | None
+    init_from: Origin | None
+    trained: tuple[str, ...]
+    initialised: tuple[str, ...]
+    base_digests: dict[str, str]
+    ledger: dict[str, Any]
+
+
 class CheckpointWriter:
     """Writes the checkpoints of one run; used on the main rank alone."""
 
-    def __init__(self, directory: Path, keep_last: int) -> None:
-        """Args: directory: of the run. keep_last: checkpoints that stay."""
-        self._directory = directory
-        self._keep_last = keep_last
+    def __init__(self, directory: Path, keep_last: int, record: RunRecord, carried: dict[str, Carried]) -> None:
+        """Keeps what all checkpoints of the run say alike.
 
-    def write(
-        self,
-        step: int,
-        *,
-        snapshot: Snapshot,
-        model: TheWorldForConditionalGeneration,
-        processor: TheWorldProcessor,
-        config_yaml: str,
-        run_name: str,
-        base: Base,
-        encoder: Base | None,
-        init_from: Origin | None,
-        trained: tuple[str, ...],
-        initialised: tuple[str, ...],
-        carried: dict[str, Carried],
-        base_digests: dict[str, str],
-        ledger: dict[str, Any],
-        rng: list[dict[str, Any]],
-    ) -> Path:
+        Args:
+            directory: Of the run.
+            keep_last: Checkpoints that stay.
+            record: See there.
+            carried: Components whose files are taken over from an earlier stage.
+        """
+        self._directory, self._keep_last = directory, keep_last
+        self._record, self._carried = record, carried
+
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> Path:
         """Writes and seals `step-N` and removes what is older than the newest ones.
 
         Args:
             step: Optimizer steps done.
             snapshot: The tensors.
-            model: The model; its configs are saved beside the weights.
-            processor: Likewise.
-            config_yaml: The resolved run config.
-            run_name: Name of the run.
-            base: Where the language and vision weights come from.
-            encoder: Where the world encoder comes from, if the chain has a world path.
-            init_from: Where the run's first weights came from, besides its bases.
-            trained: Components, and adapters of components, that this run trains.
-            initialised: Components that no base holds and nothing has trained; saved as they are.
-            carried: Components whose files are taken over from an earlier stage.
-            base_digests: Digest of each component as its base holds it.
-            ledger: The parameter ledger.
             rng: Random state of each rank.
 
         Returns:
@@ -207,34 +217,41 @@ class CheckpointWriter:
         if (final / MANIFEST_FILE).is_file():
             return final
         partial = self._directory / f".step-{step}.partial"
-        record = {
-            "format": FORMAT,
-            "base": vars(base),
-            "encoder": vars(encoder) if encoder else None,
-            "init_from": vars(init_from) if init_from else None,
-            "base_digests": base_digests,
-        }
         with _removed_on_failure(partial):
             for remains in (partial, final):
                 shutil.rmtree(remains, ignore_errors=True)
             partial.mkdir(parents=True)
             _check_space(partial, snapshot.nbytes)
-            trainers = dict.fromkeys(trained, run_name) | dict.fromkeys(initialised)
-            components = _write_components(partial, snapshot, trainers) | _link_components(partial, carried)
-            _write_json(partial / COMPONENTS_FILE, record | {"components": components})
-            _save_tensors(snapshot.optimizer, partial / OPTIMIZER_FILE)
-            _write_json(partial / STATE_FILE, {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng})
-            _write_json(partial / "ledger.json", ledger)
-            (partial / "config.yaml").write_text(config_yaml)
-            model.config.save_pretrained(partial)
-            processor.save_pretrained(partial)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(partial)
-            seal(partial, {"step": step, "run": run_name, "world_size": len(rng)})
+            self._write_files(partial, step, snapshot, rng)
+            seal(partial, {"step": step, "run": self._record.run_name, "world_size": len(rng)})
             partial.rename(final)
             _sync_directory(self._directory)
             retire(self._directory, self._keep_last)
+        # The next checkpoint carries the files on from this one: the one that they came from may be gone by then.
+        self._carried = {name: replace(entry, path=final / entry.path.name) for name, entry in self._carried.items()}
         return final
+
+    def _write_files(self, directory: Path, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+        record = self._record
+        trainers = dict.fromkeys(record.trained, record.run_name) | dict.fromkeys(record.initialised)
+        components = _write_components(directory, snapshot, trainers) | _link_components(directory, self._carried)
+        facts = {
+            "format": FORMAT,
+            "base": vars(record.base),
+            "encoder": vars(record.encoder) if record.encoder else None,
+            "init_from": vars(record.init_from) if record.init_from else None,
+            "base_digests": record.base_digests,
+            "components": components,
+        }
+        _write_json(directory / COMPONENTS_FILE, facts)
+        _save_tensors(snapshot.optimizer, directory / OPTIMIZER_FILE)
+        _write_json(directory / STATE_FILE, {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng})
+        _write_json(directory / "ledger.json", record.ledger)
+        (directory / "config.yaml").write_text(record.config_yaml)
+        record.model.config.save_pretrained(directory)
+        record.processor.save_pretrained(directory)
+        if record.model.generation_config is not None:
+            record.model.generation_config.save_pretrained(directory)
 
 
 def retire(directory: Path, keep: int) -> list[Path]:
@@ -299,7 +316,8 @@ def _removed_on_failure(partial: Path) -> Generator[None]:
         yield
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not isinstance(error, OSError | SafetensorError):
+        # Libraries written in Rust have exceptions of their own; the tokenizer's is a bare one.
+        if not (isinstance(error, OSError | SafetensorError) or "(os error " in str(error)):
             raise
         free = shutil.disk_usage(next(path for path in partial.parents if path.is_dir())).free
         raise ConfigError(
@@ -342,7 +360,8 @@ def seal(directory: Path, facts: dict[str, Any]) -> None:
         if path.is_file():
             _sync_file(path)
             files[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-    _write_json(directory / MANIFEST_FILE, {"format": FORMAT, **facts, "files": files})
+    manifest = {"format": FORMAT, **facts, "files": files}
+    _write_json(directory / MANIFEST_FILE, manifest | {SEAL: manifest_digest(manifest)})
     _sync_file(directory / MANIFEST_FILE)
     _sync_directory(directory)
 

@@ -18,7 +18,7 @@ from theworld_train.config.schema import RunConfig
 from theworld_train.data import Collator, Sample
 from theworld_train.model import TheWorld
 from theworld_train.model.digest import base_digests
-from theworld_train.train.checkpoint import Base, Carried, CheckpointWriter, random_state, take_snapshot
+from theworld_train.train.checkpoint import Base, Carried, CheckpointWriter, RunRecord, random_state, take_snapshot
 from theworld_train.train.engine import Engine, ReplicatedEngine
 from theworld_train.train.freeze import Precision, apply_trainable
 from theworld_train.train.stage import StageModule
@@ -125,24 +125,22 @@ def write_checkpoint(tiny: TinyCheckpoint) -> Callable[..., Path]:
         model = tiny.theworld() if model is None else model
         if engine is None:
             engine = ReplicatedEngine(model, lambda: torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]))
-        return CheckpointWriter(directory, keep_last).write(
-            step,
-            snapshot=take_snapshot(model, engine, (*trained, *initialised), keep=True),
+        record = RunRecord(
+            run_name=run_name,
+            config_yaml="name: test\n",
             model=model,
             processor=tiny.processor(),
-            config_yaml="name: test\n",
-            run_name=run_name,
             base=Base(base or tiny.gemma, None),
             encoder=Base(tiny.cosmos, None) if model.config.enable_world else None,
             init_from=init_from,
             trained=tuple(trained),
             initialised=tuple(initialised),
-            carried=carried or {},
             base_digests=(
                 base_digests(tiny.theworld(enable_world=model.config.enable_world)) if digests is None else digests
             ),
             ledger={},
-            rng=[random_state()],
         )
+        snapshot = take_snapshot(model, engine, (*trained, *initialised), keep=True)
+        return CheckpointWriter(directory, keep_last, record, carried or {}).write(step, snapshot, [random_state()])
 
     return write
