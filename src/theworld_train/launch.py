@@ -15,9 +15,8 @@ from pathlib import Path
 
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
+from theworld_train.train.stopping import SAVED_AND_STOPPED
 
-#: Exit code of a run that a signal has stopped after it was saved: sysexits.h calls it a temporary failure.
-SAVED_AND_STOPPED = 75
 #: What the shell adds to the number of the signal that has ended a process.
 SIGNAL_BASE = 128
 #: Signals that are passed on to the ranks. SIGHUP is not among them: torchrun would take it even under nohup.

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 
-from theworld_train.launch import SAVED_AND_STOPPED, as_rank
+from theworld_train.launch import as_rank
+from theworld_train.train.stopping import SAVED_AND_STOPPED
 
 
 def saved(*_: object) -> None:

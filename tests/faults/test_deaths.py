@@ -19,8 +19,8 @@ from theworld_train.config import dump_config, parse_run_config
 from theworld_train.train.watchdog import STUCK
 
 WORKER = Path(__file__).with_name("worker_forks.py")
-#: Seconds within which a death is noticed by all ranks.
-LIMIT_S = 10
+#: Seconds within which a rank ends that loses another one; on an idle machine it takes 1.5.
+LIMIT_S = 20
 #: Of a run whose rank is stopped.
 TIMEOUT_S = 2
 #: Must never be found in what a run leaves behind.

@@ -16,13 +16,17 @@ from typing import Any
 import pytest
 
 from tests.helpers.tiny import TinyCheckpoint
+from theworld_train.checkpoint_files import checkpoint_step, checkpoints
 from theworld_train.config import dump_config, parse_run_config
 from theworld_train.launch import LAUNCHER_PID, as_rank
+from theworld_train.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
 #: Seconds within which all ranks have to be gone without a save.
 LIMIT_S = 10
+#: Seconds within which ranks have to be gone that lose another one; torchrun would kill them after 30.
+NOTICED_S = 20
 #: Seconds after which a process that should have come or gone counts as never doing so.
 PATIENCE_S = 120
 
@@ -83,25 +87,29 @@ def test_exit_code_tells_how_the_run_has_ended(codes: dict[str, int], case: str)
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
+def write_config(directory: Path, tiny: TinyCheckpoint, steps: int) -> Path:
+    """Writes the config of a run with a data worker for each rank."""
+    values = {
+        "name": "run",
+        "output_dir": str(directory / "run"),
+        "precision": "fp32",
+        "model": {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": 32}},
+        "trainable": {"world_projector": {}},
+        "data": {
+            "train": {"source": "moving_digits", "split": "train", "samples": 64, "frames": 1, "canvas": 32},
+            "num_workers": 1,
+        },
+        "training": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1},
+    }
+    path = directory / "run.yaml"
+    path.write_text(dump_config(parse_run_config(values)))
+    return path
+
+
 @pytest.fixture
 def launched(tiny: TinyCheckpoint, tmp_path: Path) -> Generator[tuple[subprocess.Popen[bytes], list[int]]]:
     """A launcher whose two ranks, and their data workers, are training; and the process ids of all of these."""
-    config = parse_run_config(
-        {
-            "name": "endless",
-            "output_dir": str(tmp_path / "run"),
-            "precision": "fp32",
-            "model": {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": 32}},
-            "trainable": {"world_projector": {}},
-            "data": {
-                "train": {"source": "moving_digits", "split": "train", "samples": 64, "frames": 1, "canvas": 32},
-                "num_workers": 1,
-            },
-            "training": {"max_steps": 1_000_000, "global_batch_size": 2, "micro_batch_size": 1},
-        }
-    )
-    path = tmp_path / "endless.yaml"
-    path.write_text(dump_config(config))
+    path = write_config(tmp_path, tiny, steps=1_000_000)
     command = [sys.executable, "-m", "theworld_train", "launch", str(path), "--nproc", "2"]
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
@@ -120,10 +128,13 @@ def launched(tiny: TinyCheckpoint, tmp_path: Path) -> Generator[tuple[subprocess
         launcher.wait()
 
 
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def descendants(process: int) -> list[int]:
     """Returns the children of a process, theirs, and so on."""
-    children = (Path(f"/proc/{process}/task/{process}/children")).read_text().split()
-    return [found for child in map(int, children) for found in (child, *descendants(child))]
+    return [found for child in children(process) for found in (child, *descendants(child))]
 
 
 def is_alive(process: int) -> bool:
@@ -143,6 +154,98 @@ def test_nothing_stays_behind(launched: tuple[subprocess.Popen[bytes], list[int]
     code = launcher.wait(LIMIT_S)
     # A run that is asked to stop saves first, and says so.
     assert code == (-sent if sent == signal.SIGKILL else 75)
+
+
+@pytest.mark.distributed
+def test_others_end_when_one_rank_is_killed(launched: tuple[subprocess.Popen[bytes], list[int]]):
+    launcher, processes = launched
+    rank = next(own for own in processes if own in children(launcher.pid))
+    os.kill(rank, signal.SIGKILL)
+    until(lambda: not any(map(is_alive, processes)), NOTICED_S)
+    assert launcher.wait(LIMIT_S) in (1, 128 + signal.SIGKILL), "of the rank whose end was seen first"
+
+
+# -- a pipeline -------------------------------------------------------------------------------------------------------
+
+
+STAGE = """
+import signal, sys, time
+from pathlib import Path
+def stop(number, _):
+    Path(sys.argv[2]).write_text(str(number))
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, stop)
+Path(sys.argv[1]).touch()
+time.sleep(120)
+"""
+PIPELINE = """
+import sys
+from theworld_train.pipeline.runner import StageFailedError, _call
+try:
+    _call("stage", [sys.executable, *sys.argv[1:]])
+except StageFailedError as error:
+    sys.exit(error.returncode)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "received", "code"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, 75),
+        (signal.SIGUSR1, signal.SIGUSR1, 75),
+        (signal.SIGKILL, signal.SIGTERM, -signal.SIGKILL),
+    ],
+)
+def test_stage_stops_with_its_pipeline(sent: signal.Signals, received: signal.Signals, code: int, tmp_path: Path):
+    ready, told = tmp_path / "ready", tmp_path / "told"
+    command = [sys.executable, "-c", PIPELINE, "-c", STAGE, str(ready), str(told)]
+    pipeline = subprocess.Popen(command, env=ENVIRONMENT)
+    until(ready.exists)
+    (stage,) = children(pipeline.pid)
+    pipeline.send_signal(sent)
+    assert pipeline.wait(PATIENCE_S) == code
+    until(lambda: not is_alive(stage))
+    assert told.read_text() == str(int(received))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_pipeline_that_is_stopped_saves_its_stage_and_goes_on(tiny: TinyCheckpoint, tmp_path: Path):
+    """First it is killed, so that the stage has to see that for itself, then it is told to stop, and then it ends."""
+    steps = 150
+    stages = [{"config": str(write_config(tmp_path, tiny, steps))}]
+    (tmp_path / "pipeline.yaml").write_text(json.dumps({"name": "test", "output_dir": "runs", "stages": stages}))
+    metrics = tmp_path / "runs/run/metrics.jsonl"
+    for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (None, 0)):
+        assert run_pipeline(tmp_path, metrics, sent) == code, (tmp_path / "log").read_text()[-4000:]
+        newest = checkpoints(metrics.parent)[-1]
+        assert last_step(metrics) == checkpoint_step(newest), "no step was taken after the save"
+    assert [row["step"] for row in read_metrics(metrics, "train")] == list(range(1, steps + 1))
+
+
+def run_pipeline(directory: Path, metrics: Path, sent: signal.Signals | None) -> int:
+    """Runs a pipeline, sends it a signal after a new step if it is to get one, and returns its exit code."""
+    done = last_step(metrics)
+    command = [sys.executable, "-m", "theworld_train", "run", "pipeline.yaml"]
+    with (directory / "log").open("wb") as log:
+        pipeline = subprocess.Popen(command, cwd=directory, env=ENVIRONMENT, stdout=log, stderr=log)
+    until(lambda: pipeline.poll() is not None or last_step(metrics) > done)
+    assert pipeline.poll() is None, (directory / "log").read_text()[-4000:]
+    stage = descendants(pipeline.pid)
+    assert len(stage) == 2, "a stage and its data worker"
+    if sent is not None:
+        pipeline.send_signal(sent)
+    code = pipeline.wait(PATIENCE_S)
+    until(lambda: not any(map(is_alive, stage)), LIMIT_S)
+    return code
+
+
+def last_step(metrics: Path) -> int:
+    """Returns the last step that a run has written down in whole."""
+    text = metrics.read_text() if metrics.is_file() else ""
+    steps = [json.loads(line)["step"] for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return max(steps, default=0)
 
 
 # -- a rank without its launcher --------------------------------------------------------------------------------------

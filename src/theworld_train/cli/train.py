@@ -22,7 +22,7 @@ def train(
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
     from theworld_train.config.errors import ConfigError
-    from theworld_train.launch import SAVED_AND_STOPPED, as_rank
+    from theworld_train.launch import as_rank
 
     paths, overrides = split_overrides(arguments)
     with as_rank(), quiet_other_ranks():
@@ -37,7 +37,7 @@ def train(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from theworld_train.assemble.run import train as run
         from theworld_train.cli.tables import output
-        from theworld_train.train.stopping import StoppedError
+        from theworld_train.train.stopping import SAVED_AND_STOPPED, StoppedError
 
         try:
             run(config, output())

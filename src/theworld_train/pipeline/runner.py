@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +18,10 @@ from theworld_train.checkpoint_files import COMPONENTS_FILE, newest_checkpoint, 
 from theworld_train.config import format_overrides, load_run_config
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.schema import PipelineConfig, RunConfig
+from theworld_train.train.stopping import SAVED_AND_STOPPED, STOP_SIGNALS
 
+#: `prctl` option: the signal that the kernel sends to a process when its parent ends.
+PR_SET_PDEATHSIG = 1
 RESULT_FILE = "result.json"
 EVALUATION_FILE = "evaluation.json"
 SUMMARY_FILE = "summary.json"
@@ -26,9 +31,10 @@ class StageFailedError(Exception):
     """Raised when a stage's process ends with another exit code than 0."""
 
     def __init__(self, stage: str, command: Sequence[str], returncode: int) -> None:
-        """Args: stage: its name. command: what was run. returncode: how it ended."""
-        self.returncode = returncode
-        super().__init__(f"stage {stage!r} ended with exit code {returncode}: {' '.join(command)}")
+        """Args: stage: its name. command: what was run. returncode: how it ended, negative if by a signal."""
+        self.returncode = returncode if returncode >= 0 else 128 - returncode
+        stopped = "; the same command goes on from there" if returncode == SAVED_AND_STOPPED else ""
+        super().__init__(f"stage {stage!r} ended with exit code {self.returncode}: {' '.join(command)}{stopped}")
 
 
 @dataclass(frozen=True)
@@ -133,9 +139,34 @@ def run_pipeline(pipeline: PipelineConfig, console: Console) -> dict[str, Any]:
 
 
 def _call(stage: str, command: Sequence[str]) -> None:
-    returncode = subprocess.run(list(command), check=False).returncode
+    """Runs a stage's process, and passes the signals on to it that a stage stops on.
+
+    Raises:
+        StageFailedError: If it ends with another exit code than 0.
+    """
+    # Blocked until there is a process to pass them on to; the process begins as if they were not.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    process = subprocess.Popen(command, preexec_fn=_begin_stage)
+    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in STOP_SIGNALS}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        returncode = process.wait()
+    except BaseException:  # such as Ctrl-C, which the terminal sends to the stage too
+        process.kill()
+        process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if returncode:
         raise StageFailedError(stage, command, returncode)
+
+
+def _begin_stage() -> None:
+    """Has a stage stop when the pipeline's process ends in whatever way, and take signals again."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _refuse_changed(plan: StagePlan) -> None:

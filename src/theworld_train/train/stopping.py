@@ -10,6 +10,8 @@ from types import FrameType
 
 #: What schedulers and launchers send some time before they kill.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+#: Exit code of a run that a signal has stopped after it was saved: sysexits.h calls it a temporary failure.
+SAVED_AND_STOPPED = 75
 
 
 class StoppedError(Exception):

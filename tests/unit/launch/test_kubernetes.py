@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from theworld_train.config import load_run_config
-from theworld_train.launch import SAVED_AND_STOPPED, shutdown_grace_s
+from theworld_train.launch import shutdown_grace_s
+from theworld_train.train.stopping import SAVED_AND_STOPPED
 
 ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "launch/kubernetes").rglob("*.yaml"))
