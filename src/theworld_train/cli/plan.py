@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,8 +65,10 @@ def plan(
     ranks = _numbers(gpus)
     from theworld_train.accounting.gpus import gpu_spec
     from theworld_train.config import load_run_config
-    from theworld_train.plan.advice import Planner
-    from theworld_train.plan.strategies import STRATEGIES, offload_of, strategy_of
+
+    with _without_bitsandbytes():
+        from theworld_train.plan.advice import Planner
+        from theworld_train.plan.strategies import STRATEGIES, offload_of, strategy_of
 
     kinds = [gpu_spec(name, key="--gpu") for name in _names(gpu)]
     kept = offload_of(offload)
@@ -113,6 +118,18 @@ def _shares(directory: Path, kinds: Sequence[GpuSpec], positions: int | None, su
         err=True,
     )
     return found.shares
+
+
+@contextmanager
+def _without_bitsandbytes() -> Generator[None]:
+    """Spares a plan what diffusers and peft import for quantised models, which takes more than a second."""
+    modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+    absent = modules.setdefault("bitsandbytes", None) is None
+    try:
+        yield
+    finally:
+        if absent:
+            del modules["bitsandbytes"]
 
 
 def _names(text: str) -> list[str]:

@@ -6,7 +6,7 @@ import json
 from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from theworld_train.accounting.gpus import GpuSpec
 from theworld_train.accounting.tokens import world_tokens
@@ -95,6 +95,20 @@ class Verdict:
     gpu: GpuSpec
     word: Word
     margin: int
+
+
+class Option(NamedTuple):
+    """Something to change, not yet priced.
+
+    Attributes:
+        overrides: Keys of the run config and their values.
+        strategy: How ranks share the work.
+        offload: What is kept in the host's memory.
+    """
+
+    overrides: Overrides
+    strategy: str
+    offload: Offload
 
 
 @dataclass(frozen=True)
@@ -218,15 +232,16 @@ class Planner:
         to grow with it.
         """
         most = max(1, self.config.training.global_batch_size // setting.ranks)
-        one = self._with_size(setting, 1)
-        need = self.need(one)
+        if setting.micro_batch_size == most and judge(self.need(setting), gpu).word != "does not fit":
+            return most
+        need = self.need(self._with_size(setting, 1))
+        room = gpu.usable_gib * GIB - need.overhead
         if judge(need, gpu).word == "does not fit":
             return 0
-        if most == 1:
+        if most == 1 or need.reserved > room:
             return 1
         lines = self.lines(setting)
         waste = need.reserved / need.peak.total
-        room = gpu.usable_gib * GIB - need.overhead
 
         def fits(size: int) -> bool:
             return size == 1 or max(base + (size - 1) * more for base, more in lines) * waste <= room
@@ -251,27 +266,36 @@ class Planner:
         largest = self.largest_micro_batch(setting, gpu)
         if verdict.word == "fits":
             return Assessment(verdict, largest)
-        least: Change | None = None
-        for change in self.changes(setting, gpu):
-            if change.verdict.word == "fits":
-                return Assessment(verdict, largest, change)
-            if least is None or change.verdict.need.usual < least.verdict.need.usual:
-                least = change
-        return Assessment(verdict, largest, least=least)
+        # A layout that does not fit with all overrides together, the last ones, is not tried with fewer.
+        options = list(self.options(setting))
+        last = [option for option in options if option.overrides == options[-1].overrides]
+        priced = [(option, self.price(option, setting, gpu)) for option in last]
+        able = {(option.strategy, option.offload) for option, change in priced if change.verdict.word == "fits"}
+        for option in options:
+            if (option.strategy, option.offload) in able:
+                change = self.price(option, setting, gpu)
+                if change.verdict.word == "fits":
+                    return Assessment(verdict, largest, change)
+        changes = [change for _, change in priced]
+        return Assessment(verdict, largest, least=min(changes, key=lambda each: each.verdict.need.usual, default=None))
 
-    def changes(self, setting: Setting, gpu: GpuSpec) -> Iterator[Change]:
-        """Prices changes, cheapest first: smaller micro-batch, checkpointing, sharding, offload, smaller frames."""
+    def options(self, setting: Setting) -> Iterator[Option]:
+        """Returns what can be changed, cheapest first: batch, checkpointing, sharding, offload, smaller frames."""
+        layouts = [(setting.strategy.name, setting.offload), *_layouts(setting.ranks)]
         for overrides in self._overrides():
-            variant = self.variant(overrides)
-            layouts = [(setting.strategy.name, setting.offload), *_layouts(setting.ranks)]
             for strategy, offload in dict.fromkeys(layouts):
-                changed = variant.setting(strategy, setting.ranks, offload)
-                if not overrides and changed == setting:
-                    continue
-                layout = ""
-                if (strategy, offload) != (setting.strategy.name, setting.offload):
-                    layout = f"--strategy {strategy}" + (f" --offload {offload}" if offload != "none" else "")
-                yield Change(overrides, layout, judge(variant.need(changed), gpu))
+                if overrides or (strategy, offload) != layouts[0]:
+                    yield Option(overrides, strategy, offload)
+
+    def price(self, option: Option, setting: Setting, gpu: GpuSpec) -> Change:
+        """Returns what an option makes of a setting."""
+        variant = self.variant(option.overrides)
+        layout = ""
+        if (option.strategy, option.offload) != (setting.strategy.name, setting.offload):
+            layout = f"--strategy {option.strategy}"
+            layout += f" --offload {option.offload}" if option.offload != "none" else ""
+        need = variant.need(variant.setting(option.strategy, setting.ranks, option.offload))
+        return Change(option.overrides, layout, judge(need, gpu))
 
     def _overrides(self) -> Iterator[Overrides]:
         """Returns sets of overrides, cheapest first, each of which holds those before it."""

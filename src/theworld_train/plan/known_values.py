@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+from theworld_train.plan.remembering import RememberingFakeMode
 
 #: Elements of the largest tensor whose values are followed: ids and masks of a batch, no masks over pairs of positions.
 LARGEST_KNOWN = 2**20
@@ -18,7 +20,7 @@ _ATEN = torch.ops.aten
 _VALUE = "_known_value"
 
 
-class KnowingFakeMode(FakeTensorMode):
+class KnowingFakeMode(RememberingFakeMode):
     """Fake tensors, with the values of small integer ones computed for real beside them.
 
     A step reads a few values: which positions are supervised, whether placeholders and features agree in number. They

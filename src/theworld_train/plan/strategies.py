@@ -104,12 +104,12 @@ def rank_timeline(
 
 def _accumulated(run: DryRun) -> Iterator[Span]:
     """A single process in its second micro-batch: gradients are there, and new ones are added to them one by one."""
-    last = len(run.trace.events)
+    last, starts = len(run.trace.events), _step_starts(run)
     for allocation in _allocations(run):
         span = _span(allocation, last)
         if allocation.category == "gradients":
             yield _arriving(span, allocation)
-            yield replace(span, start=_step_start(run, allocation))
+            yield replace(span, start=starts[run.trace.events[allocation.born].step])
         else:
             yield span
 
@@ -119,7 +119,7 @@ def _accumulated(run: DryRun) -> Iterator[Span]:
 
 def _replicated(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, accumulates: bool) -> Iterator[Span]:
     """DDP, ZeRO-1 and ZeRO-2: gradients go through buckets; what the optimizer works on may be sharded."""
-    last = len(run.trace.events)
+    last, starts = len(run.trace.events), _step_starts(run)
     trained = sum(parameter.numel for parameter in run.parameters if parameter.trains)
     shares_state, shares_gradients = strategy.name != "ddp", strategy.name == "zero2"
     on_host = offload != "none"
@@ -132,7 +132,7 @@ def _replicated(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, a
             arriving = _arriving(span, allocation)
             yield arriving
             if shares_gradients and not on_host:
-                start = _step_start(run, allocation) if accumulates else arriving.end
+                start = starts[run.trace.events[allocation.born].step] if accumulates else arriving.end
                 yield replace(span, size=_share(span.size, ranks), start=start)
         else:
             yield span
@@ -256,6 +256,7 @@ class _Passes:
     def _gradients(self, done: dict[tuple[str, int], int]) -> Iterator[Span]:
         """Gradients of whole parameters until their unit is done, and this rank's share of them from then on."""
         members = {parameter.name: parameter for group in self._members.values() for parameter in group}
+        starts = _step_starts(self._run)
         for allocation in _allocations(self._run):
             parameter = members.get(allocation.parameter)
             if allocation.category != "gradients" or parameter is None or parameter.unit is None:
@@ -265,7 +266,7 @@ class _Passes:
             span = _span(allocation, len(self._run.trace.events))
             yield replace(span, category="temporaries", end=whole)
             if self._offload == "none" and span.end > whole:
-                start = _step_start(self._run, allocation) if self._accumulates else whole
+                start = starts[self._run.trace.events[allocation.born].step] if self._accumulates else whole
                 yield replace(span, size=_shard(parameter, self._ranks) * parameter.itemsize, start=start)
 
 
@@ -300,10 +301,12 @@ def _arriving(span: Span, allocation: Allocation) -> Span:
     return replace(span, category="temporaries", end=whole)
 
 
-def _step_start(run: DryRun, allocation: Allocation) -> int:
-    """Returns the first event of the optimizer step in which something was made."""
-    step = run.trace.events[allocation.born].step
-    return next(index for index, event in enumerate(run.trace.events) if event.step == step)
+def _step_starts(run: DryRun) -> dict[int, int]:
+    """Returns the first event of each optimizer step."""
+    starts: dict[int, int] = {}
+    for index, event in enumerate(run.trace.events):
+        starts.setdefault(event.step, index)
+    return starts
 
 
 def _is_update(allocation: Allocation) -> bool:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint
+from theworld_train.cli.plan import _without_bitsandbytes
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -93,3 +96,11 @@ def test_data_on_the_hub_needs_a_length(call: Call, tiny_run: str):
     code, _, err = call("plan", tiny_run, "data.train={source: hub, id: some/data}")
     assert code == 2
     assert "--positions" in err
+
+
+def test_the_libraries_of_quantised_models_are_left_alone(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.delitem(sys.modules, "bitsandbytes")
+    with _without_bitsandbytes():
+        assert find_spec("bitsandbytes") is None
+    assert find_spec("bitsandbytes") is not None

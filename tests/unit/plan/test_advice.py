@@ -74,7 +74,8 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_share(planner: Callable[..., Pl
 def test_the_cheapest_change_comes_first(planner: Callable[..., Planner]):
     plans = planner(("world_projector",), batch=8, gradient_checkpointing=False)
     setting = plans.setting("ddp", 1)
-    changes = {str(change): change.verdict.need.least for change in plans.changes(setting, gpu(GIB))}
+    priced = (plans.price(option, setting, gpu(GIB)) for option in plans.options(setting))
+    changes = {str(change): change.verdict.need.least for change in priced}
     names = list(changes)
     assert names[0] == "training.micro_batch_size=1"
     assert "training.micro_batch_size=1 training.gradient_checkpointing=true" in names
@@ -83,6 +84,28 @@ def test_the_cheapest_change_comes_first(planner: Callable[..., Planner]):
     assert str(found.change) == names[0]
     assert found.change.verdict.word == "fits"
     assert found.least is None
+
+
+def test_few_dry_runs_tell(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch):
+    """A dry run of the 4B model takes seconds: none is made whose answer is known."""
+    made: list[tuple[int, int]] = []
+    counted = advice.dry_run
+
+    def count(config: Any, **kwargs: Any) -> Any:
+        made.append((kwargs["micro_batch_size"], kwargs["steps"]))
+        return counted(config, **kwargs)
+
+    monkeypatch.setattr(advice, "dry_run", count)
+    plans = planner(batch=1, global_batch=8)
+    setting = plans.setting("ddp", 1)
+    plans.assess(setting, gpu(20 * GIB))
+    assert made == [(1, 2), (2, 1)], "two steps, and the first one of two samples for the largest micro-batch"
+    made.clear()
+    plans.assess(setting, gpu(plans.need(setting).least + 4096))
+    assert made == [], "all is known: it is tight, no larger micro-batch fits, and there is nothing to change"
+    whole = planner(batch=8)
+    whole.assess(whole.setting("ddp", 1), gpu(20 * GIB))
+    assert made == [(8, 2)], "the micro-batch cannot be larger than the global one"
 
 
 def test_sharding_is_advised_where_there_are_several_gpus(planner: Callable[..., Planner]):
@@ -95,11 +118,12 @@ def test_sharding_is_advised_where_there_are_several_gpus(planner: Callable[...,
 
 def test_the_least_is_named_where_nothing_fits(planner: Callable[..., Planner]):
     plans = planner(batch=2)
-    found = plans.assess(plans.setting("ddp", 1), gpu(1000))
+    setting = plans.setting("ddp", 1)
+    found = plans.assess(setting, gpu(1000))
     assert found.verdict.word == "does not fit"
     assert found.change is None
     assert found.least is not None
     assert found.largest_micro_batch == 0
     assert found.least.verdict.need.usual <= min(
-        change.verdict.need.usual for change in plans.changes(plans.setting("ddp", 1), gpu(1000))
+        plans.price(option, setting, gpu(1000)).verdict.need.usual for option in plans.options(setting)
     )
