@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from theworld_train.accounting.architectures import Composite, Decoder, VisionTransformer
 from theworld_train.accounting.config_json import architecture_from_config
 from theworld_train.accounting.pieces import (
+    Attention,
     AttentionWork,
     Kind,
     Piece,
@@ -171,7 +172,7 @@ class StepSettings:
 
     trainable: frozenset[Component]
     gradient_checkpointing: bool = True
-    attention: Literal["sdpa", "eager", "structured"] = "sdpa"
+    attention: Attention = "banded"
     chunk_size: int = 1024
     precision: Precision = "bf16"
     world_encoder_precision: Precision = "fp32"

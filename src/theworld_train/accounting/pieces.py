@@ -16,11 +16,14 @@ from theworld_train.accounting.video_vae import VideoVae
 Kind = Literal["matmul", "convolution", "sdpa", "structured", "eager", "elementwise"]
 
 #: How scores are computed: all pairs in one kernel (`sdpa`), all pairs through matrices of scores in memory (`eager`),
-#: or only blocks that hold a pair that the mask allows (`structured`).
-Attention = Literal["sdpa", "eager", "structured"]
+#: only blocks that hold a pair that the mask allows (`structured`), or for each block of queries the stretch of keys
+#: that they see, in the kernel of `sdpa` (`banded`).
+Attention = Literal["sdpa", "eager", "structured", "banded"]
 
 #: Queries and keys of a block of structured attention (FlexAttention's default); 1 counts exactly the allowed pairs.
 STRUCTURED_BLOCK = 128
+#: Queries that banded attention gives to one call of the kernel.
+BANDED_BLOCK = 512
 
 #: Bytes that PyTorch's operators move for one element in the forward pass: bf16 in and out, fp32 inside where the
 #: model computes in fp32. The backward pass moves twice as much.
@@ -66,7 +69,8 @@ class AttentionWork:
     Attributes:
         kind: How scores are computed.
         block: Granularity of `structured` in positions.
-        image_tokens: Lengths of the blocks of a sample that attend to themselves in both directions.
+        image_tokens: Lengths of the blocks of a sample that attend to themselves in both directions; `banded` computes
+            most of their pairs anyway, and the rest is not counted.
     """
 
     kind: Attention = "sdpa"
@@ -93,6 +97,10 @@ def attended_pairs(positions: int, window: int | None, attention: AttentionWork)
         window: Positions that each one sees, itself included; None for all before it.
         attention: How scores are computed.
     """
+    if attention.kind == "banded":
+        starts = range(0, positions, BANDED_BLOCK)
+        blocks = ((start, min(positions, start + BANDED_BLOCK)) for start in starts)
+        return sum((end - start) * (end - max(0, start - (window or positions) + 1)) for start, end in blocks)
     if attention.kind != "structured":
         return positions**2
     pairs = _causal_pairs(positions, positions if window is None else window, attention.block)
@@ -135,10 +143,11 @@ def attention_scores(
     """
     batch, heads, positions = shape
     tensors = 2 * batch * positions * (heads + key_value_heads) * head_dim * size
-    per_pair = _EAGER_PAIR if kind == "eager" else _SDPA_PAIR if kind == "sdpa" and masked else 0
+    computed: Kind = "sdpa" if kind == "banded" else kind
+    per_pair = _EAGER_PAIR if kind == "eager" else _SDPA_PAIR if computed == "sdpa" and masked else 0
     return Piece(
         "attention",
-        kind,
+        computed,
         4 * batch * heads * pairs * head_dim,
         tensors + batch * heads * pairs * per_pair,
         kernels=8 if kind == "eager" else 1,
@@ -193,7 +202,7 @@ def head_pieces(decoder: Decoder, supervised: int, chunks: int, size: int) -> tu
 def vision_pieces(vision: VisionTransformer, images: int, attention: Attention, size: int) -> tuple[Piece, ...]:
     """Returns a vision tower without a pooling head, over so many images.
 
-    `structured` computes what `sdpa` does: every patch sees every patch.
+    `structured` and `banded` compute what `sdpa` does: every patch sees every patch.
     """
     width, inner, heads = vision.hidden_size, vision.intermediate_size, vision.num_attention_heads
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -235,15 +244,15 @@ def world_encoder_pieces(
 ) -> tuple[Piece, ...]:
     """Returns the VAE's encoder and quant convolution over blocks of equal length.
 
-    The causal convolutions run chunk by chunk: the first frame alone, then four at a time, each with the cached frames
-    before it. Frames of zeros before the first count: PyTorch multiplies them.
+    The causal convolutions run chunk by chunk: the first frame alone, in two dimensions, then four at a time, each with
+    the cached frames before it.
 
     Args:
         vae: Its sizes.
         blocks: Images or clips.
         frames: Frames of each, 1 + 4k.
         resolution: Pixels along a side.
-        attention: How the middle attends; `structured` computes what `sdpa` does.
+        attention: How the middle attends; `structured` and `banded` compute what `sdpa` does.
         size: Bytes of an element.
     """
     chunks = latent_frames(frames) - 1
@@ -257,15 +266,16 @@ def world_encoder_pieces(
 def _encoder_chunk(
     vae: VideoVae, blocks: int, frames: int, resolution: int, attention: Attention, size: int, *, leads: bool
 ) -> list[Piece]:
-    """Returns one chunk; the one that leads has no past, so that it is not compressed in time."""
+    """Returns one chunk; the one that leads has no past: one tap in time, and no compression."""
+    taps = 9 if leads else 27
     widths = [vae.base_dim * mult for mult in (1, *vae.dim_mult)]
     side = resolution
     places = blocks * frames * side**2
-    pieces = list(_convolution(vae.in_channels, widths[0], 27, places, places, size))
+    pieces = list(_convolution(vae.in_channels, widths[0], taps, places, places, size))
     pieces[0] = pieces[0]._replace(input_gradient=0.0)
     for level, wide in enumerate(widths[1:]):
         for block in range(vae.num_res_blocks):
-            pieces += _residual(widths[level] if block == 0 else wide, wide, places, size)
+            pieces += _residual(widths[level] if block == 0 else wide, wide, taps, places, size)
         if level == len(vae.dim_mult) - 1:
             break
         side //= 2
@@ -278,20 +288,20 @@ def _encoder_chunk(
             pieces += _convolution(wide, wide, 3, places, smaller, size)
             places = smaller
     last = widths[-1]
-    pieces += [*_residual(last, last, places, size), *_residual(last, last, places, size)]
+    pieces += 2 * _residual(last, last, taps, places, size)
     pieces += _convolution(last, 3 * last, 1, places, places, size)
     scores = attention_scores(attention, (blocks * frames, 1, side**2), 1, side**4, last, size)
     pieces.append(scores)
     pieces += _convolution(last, last, 1, places, places, size)
-    pieces += _convolution(last, 2 * vae.z_dim, 27, places, places, size)
+    pieces += _convolution(last, 2 * vae.z_dim, taps, places, places, size)
     return pieces
 
 
-def _residual(narrow: int, wide: int, places: int, size: int) -> list[Piece]:
-    """Returns a residual block's two 3x3x3 convolutions, and its shortcut where the width changes."""
+def _residual(narrow: int, wide: int, taps: int, places: int, size: int) -> list[Piece]:
+    """Returns a residual block's two convolutions, and its shortcut where the width changes."""
     shortcut = _convolution(narrow, wide, 1, places, places, size) if narrow != wide else ()
-    inner = (*_convolution(narrow, wide, 27, places, places, size), *_convolution(wide, wide, 27, places, places, size))
-    return [*inner, *shortcut]
+    first = _convolution(narrow, wide, taps, places, places, size)
+    return [*first, *_convolution(wide, wide, taps, places, places, size), *shortcut]
 
 
 def _convolution(narrow: int, wide: int, taps: int, read: int, written: int, size: int) -> tuple[Piece, Piece]:

@@ -10,11 +10,14 @@ import torch
 
 from theworld_train.accounting.ledger import ParameterLedger
 from theworld_train.config.components import Component
+from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.model import TheWorld, TheWorldForConditionalGeneration
+from theworld_train.model.attention import BANDED, FLEX
 from theworld_train.model.build import build_on_meta, describe_architecture
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
+from theworld_train.model.kernels import make_lean
 from theworld_train.train.checkpoint import (
     Base,
 )
@@ -58,6 +61,9 @@ def load_model(
         ConfigError: If weights are missing, or the checkpoint does not fit them.
     """
     world = config.model.world
+    if config.model.attention == "flex" and not torch.cuda.is_available():
+        hint = "use banded, which computes the same"
+        raise ConfigError(Problem("has no backward pass on a CPU", key="model.attention", value="flex", hint=hint))
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)
     model = TheWorld.from_pretrained(
@@ -114,9 +120,11 @@ def describe_model(config: RunConfig) -> TheWorldConfig:
     return architecture
 
 
-def attention_of(config: RunConfig) -> str:
-    """Returns the name under which transformers knows a run's attention."""
-    return "sdpa" if config.model.attention == "auto" else config.model.attention
+def attention_of(config: RunConfig) -> dict[str, str]:
+    """Returns the names under which transformers knows the attention of a run's language model and vision tower."""
+    chosen = "banded" if config.model.attention == "auto" else config.model.attention
+    language = {"flex": FLEX, "banded": BANDED}.get(chosen, chosen)
+    return {"text_config": language, "vision_config": "eager" if chosen == "eager" else "sdpa"}
 
 
 def ledger_of(config: RunConfig) -> ParameterLedger:
@@ -130,6 +138,8 @@ def ledger_of(config: RunConfig) -> ParameterLedger:
 
 def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> StageModule:
     """Returns the module of a run's training step around a model that `apply_trainable` has prepared."""
+    if config.model.kernels == "lean":
+        make_lean(model.model.language_model)
     return StageModule(
         model,
         trainable_components(config),

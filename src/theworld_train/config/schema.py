@@ -74,8 +74,12 @@ class ModelSection(Section):
     """Hub id or directory of a Gemma 3 checkpoint."""
     revision: str | None = None
     """Hub revision (branch, tag or commit) of the base."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; `auto` is SDPA. Backends that drop Gemma 3's image mask are not offered."""
+    attention: Literal["auto", "flex", "banded", "sdpa", "eager"] = "auto"
+    """How the language model attends: `flex` (FlexAttention, on CUDA alone), `banded` (block by block of queries, over
+    the keys that they can see), `sdpa` and `eager` (with masks over all pairs). `auto` is `banded`. All
+    compute the same; backends that drop Gemma 3's image mask are not offered."""
+    kernels: Literal["lean", "plain"] = "lean"
+    """`lean`: norms and gated activations that keep less for the backward pass; `plain`: those of transformers."""
     world: WorldConfig = WorldConfig()
     """The world path."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan, WanCausalConv3d, WanEncoder3d
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from theworld_train.accounting.tokens import TEMPORAL_COMPRESSION, latent_frames
@@ -68,6 +69,19 @@ def difference_from_wan(config: Mapping[str, Any]) -> str | None:
     return "; ".join(f"{name} is {found[name]}, expected {expected[name]}" for name in different) or None
 
 
+class FrameConv3d(WanCausalConv3d):
+    """A causal convolution; of a frame without a past it computes the last tap in time alone, as others see zeros."""
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        """Convolves `(clips, channels, frames, height, width)`, given the frames that came before."""
+        if x.shape[2] > 1 or cache_x is not None or self.stride[0] > 1:
+            result: Tensor = super().forward(x, cache_x)
+            return result
+        tap, padding = self.weight[:, :, -1], (int(self._padding[2]), int(self._padding[0]))
+        frame = functional.conv2d(x.squeeze(2), tap, self.bias, self.stride[1:], padding)
+        return frame.unsqueeze(2)
+
+
 class WorldEncoder(nn.Module):
     """Encoder and quant conv of `AutoencoderKLWan`; parameters carry the names they have there.
 
@@ -99,6 +113,9 @@ class WorldEncoder(nn.Module):
         self._latents_std = tuple(float(value) for value in config["latents_std"])
         #: Whether activations are recomputed in the backward pass.
         self.gradient_checkpointing = False
+        for module in self.modules():
+            if type(module) is WanCausalConv3d:
+                module.__class__ = FrameConv3d
         self._cached_convs = sum(isinstance(module, WanCausalConv3d) for module in self.encoder.modules())
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -118,13 +135,18 @@ class WorldEncoder(nn.Module):
 
     def _encode(self, frames: Tensor) -> Tensor:
         steps = latent_frames(frames.shape[2]) - 1
+        if not steps:
+            return self._normalised(self.encoder(frames))
         cache: list[Tensor | None] = [None] * self._cached_convs
         chunks = [self.encoder(frames[:, :, :1], feat_cache=cache, feat_idx=[0])]
         for step in range(steps):
             start = 1 + TEMPORAL_COMPRESSION * step
             chunk = frames[:, :, start : start + TEMPORAL_COMPRESSION]
             chunks.append(self.encoder(chunk, feat_cache=cache, feat_idx=[0]))
-        mode = self.quant_conv(torch.cat(chunks, dim=2))[:, : self.z_dim]
+        return self._normalised(torch.cat(chunks, dim=2))
+
+    def _normalised(self, moments: Tensor) -> Tensor:
+        mode = self.quant_conv(moments)[:, : self.z_dim]
         mean, std = self._statistic(self._latents_mean, mode), self._statistic(self._latents_std, mode)
         latents: Tensor = (mode - mean) / std
         return latents

@@ -53,17 +53,21 @@ class KnowingFakeMode(RememberingFakeMode):
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
         """Computes the values of a result whose inputs are known."""
-        if not isinstance(result, FakeTensor) or result.numel() > LARGEST_KNOWN or result.is_floating_point():
+        results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, FakeTensor)]
+        if not results or any(leaf.numel() > LARGEST_KNOWN or leaf.is_floating_point() for leaf in results):
             return
         if torch.Tag.nondeterministic_seeded in func.tags:
             return
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(known_value(tensor) is None for tensor in tensors):
-            setattr(result, _VALUE, None)  # an operator in place may have overwritten something known
+            for leaf in results:
+                setattr(leaf, _VALUE, None)  # an operator in place may have overwritten something known
             return
         with unset_fake_temporarily(), torch.no_grad():
             real_args, real_kwargs = tree_map_only(Tensor, known_value, (args, kwargs))
-            setattr(result, _VALUE, func(*real_args, **real_kwargs))
+            values = tree_flatten(func(*real_args, **real_kwargs))[0]
+        for leaf, value in zip(results, values, strict=True):
+            setattr(leaf, _VALUE, value)
 
 
 def known_value(tensor: Tensor) -> Tensor | None:

@@ -8,11 +8,21 @@ from dataclasses import dataclass
 from theworld_train.accounting.collectives import Collective, Exchanged, collectives
 from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
 from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
+from theworld_train.accounting.pieces import Attention
 from theworld_train.accounting.step_time import RunTime, StepTime, run_time, step_time
 from theworld_train.assemble.model import describe_model
 from theworld_train.config.schema import RunConfig
 from theworld_train.plan.advice import Setting
 from theworld_train.plan.dry_run import DryRun
+
+#: How the model's kinds of attention compute their scores.
+_ATTENTION: dict[str, Attention] = {
+    "auto": "banded",
+    "banded": "banded",
+    "flex": "structured",
+    "sdpa": "sdpa",
+    "eager": "eager",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def plan_time(
         StepSettings(
             trainable=frozenset(config.trainable),
             gradient_checkpointing=training.gradient_checkpointing,
-            attention="eager" if config.model.attention == "eager" else "sdpa",
+            attention=_ATTENTION[config.model.attention],
             chunk_size=training.loss_chunk_size,
             precision="fp32" if config.precision == "fp32" else "bf16",
             world_encoder_precision="bf16" if config.model.world.encoder_dtype == "bfloat16" else "fp32",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from theworld_train.accounting.tokens import latent_frames
 from theworld_train.batch import Batch
 from theworld_train.config.components import Component
+from theworld_train.model.attention import BANDED, FLEX, SequenceLayout
 from theworld_train.model.components import TRAITS, component_modules
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.train.freeze import Precision, enable_checkpointing, set_modes
@@ -133,7 +134,7 @@ class StageModule(nn.Module):
             embeds = self._embed(batch, features).to(self._dtype)
             hidden = model.model(
                 inputs_embeds=embeds,
-                attention_mask=batch.attention_mask,
+                attention_mask=self._mask(batch),
                 token_type_ids=batch.token_type_ids,
                 use_cache=False,
             ).last_hidden_state
@@ -148,6 +149,13 @@ class StageModule(nn.Module):
                 never_generated=model.config.world_token_ids if model.config.enable_world else (),
                 want_predictions=want_predictions,
             )
+
+    def _mask(self, batch: Batch) -> Tensor | dict[str, SequenceLayout]:
+        """Returns what the attention of the language model takes for a mask, by kind of layer."""
+        config: Any = self.model.config.text_config
+        if config._attn_implementation not in (BANDED, FLEX):
+            return batch.attention_mask
+        return dict.fromkeys(config.layer_types, SequenceLayout.of(batch.attention_mask, batch.token_type_ids))
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         # A cached cast would outlive the release of weights that an engine has gathered.

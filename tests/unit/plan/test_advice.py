@@ -52,13 +52,13 @@ def test_several_ranks_pay_for_collectives(planner: Callable[..., Planner]):
     assert plans.need(plans.setting("ddp", 2)).overhead > CONTEXT_BYTES
 
 
-def test_the_largest_micro_batch_fits_and_four_times_as_many_do_not(planner: Callable[..., Planner]):
+def test_the_largest_micro_batch_fits_and_five_times_as_many_do_not(planner: Callable[..., Planner]):
     plans = planner(("world_projector",), batch=1, global_batch=64, length=512, gradient_checkpointing=False)
     setting = plans.setting("ddp", 1)
     largest = plans.largest_micro_batch(setting, gpu(GIB))
     assert 2 < largest < 64
     assert plans.need(replace(setting, micro_batch_size=largest)).least <= GIB
-    assert plans.need(replace(setting, micro_batch_size=4 * largest)).usual > GIB
+    assert plans.need(replace(setting, micro_batch_size=5 * largest)).usual > GIB
     assert plans.largest_micro_batch(setting, gpu(20 * GIB)) == 64
     # Room for what two samples keep alive is not enough: the allocator wastes some.
     need, two = plans.need(setting), max(base + more for base, more in plans.lines(setting))
@@ -72,7 +72,7 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_share(planner: Callable[..., Pl
 
 
 def test_the_cheapest_change_comes_first(planner: Callable[..., Planner]):
-    plans = planner(("world_projector",), batch=8, gradient_checkpointing=False)
+    plans = planner(("world_projector",), batch=8, length=512, gradient_checkpointing=False)
     setting = plans.setting("ddp", 1)
     priced = (plans.price(option, setting, gpu(GIB)) for option in plans.options(setting))
     changes = {str(change): change.verdict.need.least for change in priced}

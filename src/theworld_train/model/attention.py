@@ -1,0 +1,245 @@
+"""Attention without dense masks: what each position may see, and two ways to compute with it.
+
+The rule is that of Gemma 3: a position sees itself and those before it in its document, all of its own image block, and
+in sliding layers nothing that lies a window or more behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as _flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from theworld_train.accounting.pieces import BANDED_BLOCK
+
+#: Names of the two ways, as transformers knows them.
+BANDED, FLEX = "theworld_banded", "theworld_flex"
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """What each position of a batch belongs to; made once per micro-batch and read by every layer.
+
+    Attributes:
+        documents: `(batch, sequence)` the document of each position, ascending; -1 where nothing real is.
+        image_blocks: `(batch, sequence)` the image block of each position, ascending; -1 outside of images.
+    """
+
+    documents: Tensor
+    image_blocks: Tensor
+    _made: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, image_tokens: Tensor | None = None) -> SequenceLayout:
+        """Returns the layout of a batch of one document a row.
+
+        Args:
+            attention_mask: `(batch, sequence)`, 1 at what may be seen.
+            image_tokens: `(batch, sequence)`, 1 at image tokens; images are runs of them.
+        """
+        documents = attention_mask.long() - 1
+        if image_tokens is None:
+            return cls(documents, torch.full_like(documents, -1))
+        inside = image_tokens == 1
+        begins = inside & ~functional.pad(inside, (1, 0))[:, :-1]
+        return cls(documents, (begins.long().cumsum(-1) - 1).where(inside, -1))
+
+    def allowed(self, query: tuple[int, int], key: tuple[int, int], window: int | None) -> Tensor:
+        """Returns which keys of a stretch the queries of another may see, `(batch, queries, keys)`.
+
+        Args:
+            query: First query and the end behind the last.
+            key: First key and the end behind the last.
+            window: Keys that a sliding layer sees, the query itself included; None if the layer sees all.
+        """
+        queries, keys = slice(*query), slice(*key)
+        device = self.documents.device
+        row = torch.arange(*query, device=device)[:, None]
+        column = torch.arange(*key, device=device)[None, :]
+        blocks = self.image_blocks[:, queries, None]
+        seen = (column <= row) | ((blocks == self.image_blocks[:, None, keys]) & (blocks >= 0))
+        if window is not None:
+            seen &= column > row - window
+        return seen & (self.documents[:, queries, None] == self.documents[:, None, keys])
+
+    def stretches(self, window: int | None) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Returns blocks of queries, each with the shortest stretch of keys that holds all they may see."""
+        name = ("stretches", window)
+        if name not in self._made:
+            self._made[name] = self._stretches(window)
+        found: list[tuple[tuple[int, int], tuple[int, int]]] = self._made[name]
+        return found
+
+    def _stretches(self, window: int | None) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        length = self.documents.shape[1]
+        place = torch.arange(length, device=self.documents.device).expand_as(self.documents)
+        # Of a document the first position, of an image block the end; padding sees no further than itself.
+        last_seen = self.documents.cummax(-1).values
+        opens = functional.pad(last_seen[:, 1:] != last_seen[:, :-1], (1, 0), value=True)
+        first = place.where(opens, 0).cummax(-1).values.where(self.documents >= 0, place)
+        closes = functional.pad(self.image_blocks[:, 1:] != self.image_blocks[:, :-1], (0, 1), value=True)
+        end = (
+            (place + 1)
+            .where(closes, length)
+            .flip(-1)
+            .cummin(-1)
+            .values.flip(-1)
+            .where(self.image_blocks >= 0, place + 1)
+        )
+        if window is not None:
+            first = first.maximum(place - window + 1)
+        firsts, ends = first.amin(0).tolist(), end.amax(0).tolist()
+        blocks = [(start, min(length, start + BANDED_BLOCK)) for start in range(0, length, BANDED_BLOCK)]
+        return [((start, stop), (min(firsts[start:stop]), max(ends[start:stop]))) for start, stop in blocks]
+
+    def bias(self, index: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+        """Returns what is added to the scores of one of `stretches`.
+
+        Args:
+            index: Of the stretch.
+            window: As in `allowed`.
+            groups: Times that the rows are repeated.
+            dtype: Of the result.
+
+        Returns:
+            `(batch, 1, groups x queries, keys)`, zero where a key is seen and minus infinity elsewhere.
+        """
+        name = ("bias", index, window, groups, dtype)
+        if name not in self._made:
+            allowed = self.allowed(*self.stretches(window)[index], window)
+            bias = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
+            self._made[name] = bias.repeat(1, groups, 1).unsqueeze(1)
+        made: Tensor = self._made[name]
+        return made
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """Returns the block mask of FlexAttention."""
+        name = ("block_mask", window)
+        if name not in self._made:
+            documents, blocks = self.documents, self.image_blocks
+
+            def seen(batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+                same_image = (blocks[batch, row] == blocks[batch, column]) & (blocks[batch, row] >= 0)
+                near = (column <= row) | same_image
+                if window is not None:
+                    near = near & (column > row - window)
+                return near & (documents[batch, row] == documents[batch, column])
+
+            batch, length = documents.shape
+            # Compiled, it never holds all pairs.
+            self._made[name] = create_block_mask(
+                seen, batch, None, length, length, device=documents.device, _compile=documents.is_cuda
+            )
+        made: BlockMask = self._made[name]
+        return made
+
+
+def banded_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, *, window: int | None, scale: float
+) -> Tensor:
+    """Computes attention block by block of queries, each over the keys that it can see.
+
+    Args:
+        query: `(batch, heads, sequence, head size)`.
+        key: `(batch, key-value heads, sequence, head size)`.
+        value: Like `key`.
+        layout: Of the batch.
+        window: Keys that a query sees at most, itself included; None if there is no limit.
+        scale: Factor on the scores.
+
+    Returns:
+        `(batch, sequence, heads, head size)`.
+    """
+    batch, heads, _, size = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    stretches = [keys for _, keys in layout.stretches(window)]
+    blocks = query.split(BANDED_BLOCK, dim=2)
+    parts = []
+    for index, (block, keys, values) in enumerate(
+        zip(blocks, _Stretches.apply(key, stretches), _Stretches.apply(value, stretches), strict=True)
+    ):
+        # Heads that share keys become rows of one head: nothing is repeated but the rows of the bias.
+        rows = block.reshape(batch, kv_heads, groups * block.shape[2], size)
+        bias = layout.bias(index, window, groups, query.dtype)
+        part = functional.scaled_dot_product_attention(rows, keys, values, attn_mask=bias, scale=scale)
+        parts.append(part.reshape(batch, heads, block.shape[2], size).transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
+class _Stretches(torch.autograd.Function):
+    """Views of stretches of a sequence; their gradients are added into one tensor, not each into a whole one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, stretches: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:  # noqa: ANN401
+        ctx.stretches, ctx.shape = stretches, tensor.shape
+        return tuple(tensor[:, :, first:end] for first, end in stretches)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        total = gradients[0].new_zeros(ctx.shape)
+        for (first, end), gradient in zip(ctx.stretches, gradients, strict=True):
+            total[:, :, first:end] += gradient
+        return total, None
+
+
+def flex_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout, *, window: int | None, scale: float
+) -> Tensor:
+    """Computes the same by FlexAttention, which skips blocks of pairs that nothing sees; arguments as above.
+
+    It is compiled on CUDA. Elsewhere it computes all pairs, and has no backward pass.
+    """
+    compute: Any = _compiled_flex_attention(window) if query.is_cuda else _flex_attention
+    mask = layout.block_mask(window)
+    output: Tensor = compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+    return output.transpose(1, 2)
+
+
+@cache
+def _compiled_flex_attention(_window: int | None) -> Callable[..., Any]:
+    """Compiled apart for each kind of layer; in full, as what is not compiled computes all pairs without a word."""
+    return torch.compile(_flex_attention, fullgraph=True)
+
+
+# -- as transformers calls it -----------------------------------------------------------------------------------------
+
+
+def _banded(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if not isinstance(attention_mask, SequenceLayout):  # in `generate`, which has a cache
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    return banded_attention(query, key, value, attention_mask, window=window, scale=kwargs["scaling"]), None
+
+
+def _flex(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    if not isinstance(attention_mask, SequenceLayout):
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    return flex_attention(query, key, value, attention_mask, window=window, scale=kwargs["scaling"]), None
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **kwargs: Any
+) -> tuple[Tensor, None]:
+    mask = cast(Tensor | None, attention_mask)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0], None
+
+
+for _name, _function in ((BANDED, _banded), (FLEX, _flex)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)
