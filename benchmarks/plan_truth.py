@@ -110,7 +110,7 @@ def measure(name: str) -> dict[str, float]:
 
 def describe(name: str) -> tuple[RunConfig, TheWorldConfig]:
     """Returns the run config and the architecture of a size."""
-    from theworld_train.assemble.model import describe_model
+    from theworld_train.assemble.model import attention_of, describe_model
     from theworld_train.config import parse_run_config
     from theworld_train.model.configuration import TheWorldConfig
     from theworld_train.model.world_encoder import vae_config
@@ -138,7 +138,7 @@ def describe(name: str) -> tuple[RunConfig, TheWorldConfig]:
         world_resolution=shape["resolution"],
         **size["tokens"],
     )
-    architecture._attn_implementation = "sdpa"
+    architecture._attn_implementation = attention_of(config)
     return config, architecture
 
 
