@@ -126,7 +126,7 @@ def save(tiny: TinyCheckpoint) -> Save:
     )
 
     def write(directory: Path, step: int) -> Path:
-        values = torch.full((64, 64), float(step))
+        values = torch.full((512, 512), float(step))
         snapshot = Snapshot({"world_projector": {"weight": values}}, {}, {"weight::exp_avg": values})
         return CheckpointWriter(directory, KEPT, record, {}).write(step, snapshot, [random_state()])
 
