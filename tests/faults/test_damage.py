@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tests.faults.conftest import settings
@@ -21,8 +24,9 @@ from theworld_train.checkpoint_files import FORMAT, checkpoints, file_sha256, ve
 from theworld_train.cli.app import app
 from theworld_train.config import parse_run_config
 from theworld_train.config.errors import ConfigError
+from theworld_train.model import TheWorld
 from theworld_train.train import checkpoint as checkpoint_module
-from theworld_train.train.checkpoint import retire
+from theworld_train.train.checkpoint import retire, seal
 
 CLASSES = (
     "world_projector.safetensors",
@@ -180,6 +184,55 @@ def test_output_directory_that_cannot_be_is_told_before_a_model_loads(
     monkeypatch.setattr("theworld_train.assemble.run.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(ConfigError, match="output_dir"):
         resume(tiny, tmp_path / "file" / "run", {})
+
+
+# -- files that are not ours -----------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_checkpoints_hold_text_and_safetensors_alone(run: Path):
+    for path in (run / "step-4").iterdir():
+        if path.suffix == ".safetensors":
+            load_file(path)
+        else:
+            assert path.suffix in (".json", ".yaml", ".jinja"), path.name
+            path.read_text()
+
+
+def test_pickles_in_a_checkpoint_are_not_looked_at(tiny: TinyCheckpoint, run: Path, finished: Path, tmp_path: Path):
+    shutil.rmtree(run / "step-4")
+    for name in ("pytorch_model.bin", "world_projector.bin", "optimizer.pt", "rng_state.pth", "model.pkl"):
+        (run / "step-2" / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    resume(tiny, run, {})
+    assert file_sha256(run / "step-4" / "state.json") == file_sha256(finished / "step-4" / "state.json")
+    TheWorld.from_pretrained(str(run / "step-2"))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["world_projector.safetensors", "optimizer.safetensors", "state.json"])
+def test_pickle_under_the_name_of_another_file_is_refused(name: str, tiny: TinyCheckpoint, run: Path, tmp_path: Path):
+    """Even if all hashes agree with it."""
+    checkpoint = run / "step-2"
+    shutil.rmtree(run / "step-4")
+    (checkpoint / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
+    record = json.loads((checkpoint / "components.json").read_text())
+    for entry in record["components"].values():
+        entry["sha256"] = file_sha256(checkpoint / entry["file"])
+    (checkpoint / "components.json").write_text(json.dumps(record))
+    (checkpoint / "manifest.json").unlink()
+    seal(checkpoint, {"step": 2, "run": "run", "world_size": 1})
+    with pytest.raises((ConfigError, SafetensorError)):
+        resume(tiny, run, {})
+    assert not (tmp_path / "mark").exists()
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
