@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.faults.conftest import settings
+from tests.faults.conftest import Save, settings
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.assemble.run import train
 from theworld_train.checkpoint_files import FORMAT, checkpoints, file_sha256, verify_checkpoint
@@ -163,18 +163,29 @@ def test_remains_are_removed_when_a_run_begins(tiny: TinyCheckpoint, run: Path):
     assert not list(run.glob(".step-*"))
 
 
-def test_save_that_does_not_fit_is_refused_before_it_begins(
+def test_checkpoint_that_will_not_fit_is_told_before_a_model_loads(
     tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr("theworld_train.assemble.run.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    with pytest.raises(ConfigError, match=r"a checkpoint takes [\d,]+ bytes, but 1,000 are free there") as error:
+        resume(tiny, tmp_path / "run", {})
+    assert str(tmp_path / "run") in str(error.value)
+
+
+def test_save_that_does_not_fit_is_refused_before_it_begins(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(checkpoint_module, "save_file", lambda *_: pytest.fail("it has begun to write"))
     with pytest.raises(
         ConfigError, match=r"the checkpoint takes [\d,]+ bytes, more than are free.*1,000 bytes"
     ) as error:
-        resume(tiny, tmp_path / "run", {})
+        save(tmp_path / "run", 4)
     assert str(tmp_path / "run") in str(error.value)
-    assert not list((tmp_path / "run").glob("*step-*"))
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_output_directory_that_cannot_be_is_told_before_a_model_loads(

@@ -79,6 +79,11 @@ class ParameterLedger:
         """Parameters that train."""
         return sum(row.trainable for row in self.rows)
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes that a checkpoint writes of what trains: weights as they are stored, and the optimizer's state."""
+        return sum(row.gradient_bytes + row.optimizer_bytes for row in self.rows)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the ledger as JSON-ready values."""
         return {"total": self.total, "trainable": self.trainable, "rows": [asdict(row) for row in self.rows]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -121,9 +122,10 @@ def train(config: RunConfig, console: Console) -> TrainingResult:
     try:
         with runtime.agreement():
             inputs = open_inputs(config)
-            check_expectation(ledger_of(config), config)
+            ledger = ledger_of(config)
+            check_expectation(ledger, config)
             optimizer_class(config.optimizer.name)  # answers now if its library is missing
-            _check_output_dir(config)
+            _check_output_dir(config, ledger)
         with ExitStack() as held:
             with runtime.agreement():
                 if runtime.is_main:
@@ -296,8 +298,8 @@ class RunSaver:
         self._writer.write(step, snapshot, rng)
 
 
-def _check_output_dir(config: RunConfig) -> None:
-    """Makes sure that the run directory can be written to."""
+def _check_output_dir(config: RunConfig, ledger: ParameterLedger) -> None:
+    """Makes sure that the run directory can be written to, and that a checkpoint fits there."""
     directory = Path(config.output_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -308,6 +310,11 @@ def _check_output_dir(config: RunConfig) -> None:
         raise ConfigError(
             Problem(f"cannot be written to: {error.strerror}", key="output_dir", value=config.output_dir)
         ) from error
+    free = shutil.disk_usage(directory).free
+    if ledger.saved_bytes > free:
+        message = f"a checkpoint takes {ledger.saved_bytes:,} bytes, but {free:,} are free there"
+        hint = "free some, or choose another output_dir"
+        raise ConfigError(Problem(message, key="output_dir", value=config.output_dir, hint=hint))
 
 
 def _start_trackers(config: RunConfig, runtime: Runtime) -> None:
