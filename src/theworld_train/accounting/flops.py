@@ -173,7 +173,7 @@ class StepSettings:
     trainable: frozenset[Component]
     gradient_checkpointing: bool = True
     attention: Attention = "banded"
-    chunk_size: int = 1024
+    chunk_size: int = 256
     precision: Precision = "bf16"
     world_encoder_precision: Precision = "fp32"
     cached: frozenset[Component] = frozenset()
@@ -330,7 +330,9 @@ def _language(
     if not settings.trainable:
         layers, head = without_input_gradient(layers), without_input_gradient(head)
     yield from _passes(Component.LANGUAGE_MODEL, layers, settings, recompute=settings.gradient_checkpointing)
-    yield from _passes(Component.LANGUAGE_MODEL, head, settings, recompute=chunks > 1)
+    # The gradient of a frozen head's inputs is taken while its logits are there.
+    recompute = chunks > 1 and Component.LANGUAGE_MODEL in settings.trainable
+    yield from _passes(Component.LANGUAGE_MODEL, head, settings, recompute=recompute)
 
 
 def _casts(model: StepModel, settings: StepSettings) -> Iterator[Operation]:

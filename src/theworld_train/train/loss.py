@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,12 @@ def supervised_loss(
     chunks: int,
     never_generated: Sequence[int] = (),
     want_predictions: bool = False,
+    frozen_head: bool = False,
 ) -> LossOutput:
     """Computes the loss of next-token prediction from hidden states.
 
-    Logits exist for one chunk at a time and are recomputed in the backward pass where there are several.
+    Logits exist for one chunk at a time. Where there are several, they are computed again in the backward pass, but for
+    a frozen head: its gradient with respect to the hidden states is taken while the logits are there.
 
     Args:
         hidden: `(batch, sequence, hidden)`, the language model's output.
@@ -54,6 +56,8 @@ def supervised_loss(
         chunks: Chunks to compute, at least as many as needed; surplus ones are empty. All ranks pass the same number.
         never_generated: Ids that generation suppresses, which therefore cannot be predictions.
         want_predictions: Whether to return predictions.
+        frozen_head: Whether the head has no gradient and is not gathered by an engine, whose hooks belong to backward
+            passes.
 
     Returns:
         The summed loss and, if asked for, the predictions in row-major order of the supervised positions.
@@ -61,6 +65,9 @@ def supervised_loss(
     places = labels[:, 1:] != IGNORE_INDEX
     states, targets = hidden[:, :-1][places], labels[:, 1:][places]
     assert len(targets) <= chunks * chunk_size, f"{len(targets)} supervised positions do not fit {chunks} chunks"
+    if frozen_head and not want_predictions and torch.is_grad_enabled() and hidden.requires_grad:
+        total: Tensor = _FrozenHeadLoss.apply(states, targets, head, chunk_size)  # type: ignore[no-untyped-call]
+        return LossOutput(total, None)
 
     def compute(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(part).float()
@@ -88,6 +95,29 @@ def supervised_loss(
             predictions.append(predicted)
     predicted_all = torch.cat(predictions) if predictions else targets
     return LossOutput(torch.stack(losses).sum(), predicted_all if want_predictions else None)
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    """The summed loss, with its gradient computed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: nn.Module, chunk_size: int) -> Tensor:  # noqa: ANN401
+        gradient = torch.empty_like(states)
+        total = torch.zeros((), device=states.device)
+        for start in range(0, len(states), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            with torch.enable_grad():
+                part = states[chunk].detach().requires_grad_()
+                loss = functional.cross_entropy(head(part).float(), targets[chunk], reduction="sum")
+            (gradient[chunk],) = torch.autograd.grad(loss, part)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        (gradient,) = ctx.saved_tensors
+        return gradient * gradients[0], None, None, None
 
 
 def reference_loss(hidden: Tensor, labels: Tensor, attention_mask: Tensor, head: nn.Module) -> LossOutput:

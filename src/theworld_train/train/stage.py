@@ -148,6 +148,7 @@ class StageModule(nn.Module):
                 chunks=chunks,
                 never_generated=model.config.world_token_ids if model.config.enable_world else (),
                 want_predictions=want_predictions,
+                frozen_head=not self.lockstep and not model.lm_head.weight.requires_grad,
             )
 
     def _mask(self, batch: Batch) -> Tensor | dict[str, SequenceLayout]:

@@ -100,6 +100,31 @@ def test_head_is_called_once_for_each_chunk(hidden: Tensor, labels: Tensor, head
     assert len(head.calls) == (1 if chunks == 1 else 2 * chunks)
 
 
+@pytest.mark.parametrize("chunk_size", [100, 9, 5, 1])
+def test_a_frozen_heads_gradient_is_taken_while_the_logits_are_there(
+    hidden: Tensor, labels: Tensor, head: CountingHead, chunk_size: int
+):
+    head.requires_grad_(False)
+    chunks = num_chunks(9, chunk_size)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        output = supervised_loss(hidden, labels, head, chunk_size=chunk_size, chunks=chunks, frozen_head=True)
+    expected = plain(hidden, labels, head)
+    torch.testing.assert_close(output.loss_sum, expected, rtol=1e-6, atol=0)
+    (gradient,), (reference,) = (torch.autograd.grad(loss / 3, hidden) for loss in (output.loss_sum, expected))
+    torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-7)
+    assert len(head.calls) == chunks, "each chunk is computed once"
+    assert 9 * HIDDEN in kept, "what is left is the gradient of the supervised positions"
+
+
+def test_a_frozen_head_without_a_supervised_token_gives_zero(hidden: Tensor, labels: Tensor, head: CountingHead):
+    nothing = torch.full_like(labels, -100)
+    head.requires_grad_(False)
+    output = supervised_loss(hidden, nothing, head, chunk_size=4, chunks=1, frozen_head=True)
+    assert output.loss_sum.item() == 0.0
+    assert not torch.autograd.grad(output.loss_sum, hidden)[0].any()
+
+
 def test_without_gradients_nothing_is_recomputed(hidden: Tensor, labels: Tensor, head: CountingHead):
     with torch.no_grad():
         supervised_loss(hidden, labels, head, chunk_size=4, chunks=3)
