@@ -109,7 +109,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 part = states[chunk].detach().requires_grad_()
                 loss = functional.cross_entropy(head(part).float(), targets[chunk], reduction="sum")
-            (gradient[chunk],) = torch.autograd.grad(loss, part)
+            loss.backward()
+            assert part.grad is not None
+            gradient[chunk] = part.grad
             total += loss.detach()
         ctx.save_for_backward(gradient)
         return total
