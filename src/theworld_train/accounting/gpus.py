@@ -40,6 +40,7 @@ class GpuSpec:
         gpus_per_node: GPUs of a common node.
         network_gb_per_s: Such a node's network in one direction, in 10^9 bytes/s.
         source: Where the figures are published.
+        devices: What CUDA calls it.
         aliases: Other names that are understood.
     """
 
@@ -55,6 +56,7 @@ class GpuSpec:
     gpus_per_node: int
     network_gb_per_s: float
     source: str
+    devices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
     def peak_flops(self, precision: str) -> float:
@@ -103,7 +105,10 @@ class Efficiencies:
 @cache
 def gpu_specs() -> tuple[GpuSpec, ...]:
     """Returns the known GPUs, by memory."""
-    return tuple(GpuSpec(**{**entry, "aliases": tuple(entry.get("aliases", ()))}) for entry in table("gpus")["gpus"])
+    return tuple(
+        GpuSpec(**{**entry, **{key: tuple(entry.get(key, ())) for key in ("devices", "aliases")}})
+        for entry in table("gpus")["gpus"]
+    )
 
 
 def gpu_spec(name: str, source: str | None = None, key: str | None = None) -> GpuSpec:
@@ -123,6 +128,11 @@ def gpu_spec(name: str, source: str | None = None, key: str | None = None) -> Gp
         return by_name[folded]
     hint = did_you_mean(folded, tuple(by_name)) or "known: " + ", ".join(spec.name for spec in gpu_specs())
     raise ConfigError(Problem("no GPU of this name is known", source, key, name, hint))
+
+
+def gpu_of_device(device: str) -> GpuSpec | None:
+    """Returns the GPU that CUDA calls by a name such as `NVIDIA H100 80GB HBM3`; None if it is not known."""
+    return next((spec for spec in gpu_specs() if device in spec.devices), None)
 
 
 def efficiencies(gpu: GpuSpec) -> Efficiencies:

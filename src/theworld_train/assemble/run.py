@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,15 @@ from theworld_train.train.engine import Engine
 from theworld_train.train.groups import build_optimizer, optimizer_class
 from theworld_train.train.handoff import Inheritance
 from theworld_train.train.ledger import build_ledger, check_expectation, saved_names, trainable_components
-from theworld_train.train.metrics import MetricsFile, ProgressDisplay, read_metrics
+from theworld_train.train.metrics import (
+    Forecast,
+    MetricsFile,
+    ProgressDisplay,
+    Resources,
+    read_metrics,
+    resources_line,
+    resources_row,
+)
 from theworld_train.train.resume_rules import check_changes
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
@@ -57,6 +65,9 @@ from theworld_train.train.watchdog import clear_heartbeats
 METRICS_FILE = "metrics.jsonl"
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
+
+#: Plans a run of a config that has taken something; `assemble` stands below the plan and is handed it.
+Predict = Callable[[RunConfig, Resources], Forecast]
 
 
 def starting_checkpoint(config: RunConfig) -> tuple[Path | None, bool]:
@@ -108,38 +119,60 @@ def _own_checkpoint(path: Path, own: list[Path], config: RunConfig) -> Path:
     return checkpoint
 
 
-def train(config: RunConfig, console: Console) -> TrainingResult:
+def train(config: RunConfig, console: Console, predict: Predict | None = None) -> TrainingResult:
     """Runs a training run from config to result; every rank of the process group calls it.
 
     Args:
         config: The run config.
         console: Where the main rank shows its progress.
+        predict: Plans a run, to be held against what it has taken.
 
     Raises:
         ConfigError: If an input is wrong, before any model loads, or if the first step breaks the contract of freezing.
     """
-    runtime = Runtime(config)
-    try:
-        with runtime.agreement():
-            inputs = open_inputs(config)
-            ledger = ledger_of(config)
-            check_expectation(ledger, config)
-            optimizer_class(config.optimizer.name)  # answers now if its library is missing
-            _check_output_dir(config, ledger)
-        with ExitStack() as held:
+    with ExitStack() as held:
+        runtime = Runtime(config)
+        is_main = runtime.is_main
+        try:
             with runtime.agreement():
-                if runtime.is_main:
+                inputs = open_inputs(config)
+                ledger = ledger_of(config)
+                check_expectation(ledger, config)
+                optimizer_class(config.optimizer.name)  # answers now if its library is missing
+                _check_output_dir(config, ledger)
+            with runtime.agreement():
+                if is_main:
                     _take_directory(config, held, console)
-            held.enter_context(runtime.watched(Path(config.output_dir), config.runtime.timeout_s))
-            with runtime.agreement():
-                checkpoint, resume = starting_checkpoint(config)
-            runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
-            if checkpoint is not None and resume:
+            with runtime.watched(Path(config.output_dir), config.runtime.timeout_s):
                 with runtime.agreement():
-                    check_changes(config, checkpoint)
-            return _train(config, inputs, checkpoint, resume, runtime, console)
-    finally:
-        runtime.close()
+                    checkpoint, resume = starting_checkpoint(config)
+                runtime.same_everywhere("where the run starts", str(checkpoint or "the bases"))
+                if checkpoint is not None and resume:
+                    with runtime.agreement():
+                        check_changes(config, checkpoint)
+                result = _train(config, inputs, checkpoint, resume, runtime, console)
+        finally:
+            runtime.close()
+        if is_main:  # the others have gone: none of them waits for a plan
+            _compare(config, result, predict, console)
+        return result
+
+
+def _compare(config: RunConfig, result: TrainingResult, predict: Predict | None, console: Console) -> None:
+    """Writes what the run has taken into its metrics, beside what the plan says; without a plan it stands alone."""
+    taken, forecast = result.resources, None
+    if taken is None:
+        return
+    if predict is not None:
+        try:
+            forecast = predict(config, taken)
+            said = resources_line(taken, forecast)
+        except Exception as error:  # the run is complete, whatever a plan of it meets
+            said = f"no plan to hold this run against: {type(error).__name__}: {error}"
+        console.print(f"{config.name}: {said}", highlight=False, markup=False, soft_wrap=True)
+    metrics = MetricsFile(Path(config.output_dir) / METRICS_FILE, result.steps)
+    metrics.write("resources", result.steps, resources_row(taken, forecast))
+    metrics.close()
 
 
 def _take_directory(config: RunConfig, held: ExitStack, console: Console) -> None:

@@ -75,7 +75,7 @@ def plan(
     chosen: list[str] = [strategy_of(name, kept).name for name in _names(strategy)]
     if kept != "none" and 1 in ranks:
         raise ConfigError(Problem("needs two GPUs or more: one process offloads nothing", key="--offload", value=kept))
-    shares = None if calibrate is None else _shares(calibrate, kinds, positions, supervised)
+    shares = None if calibrate is None else _shares(calibrate, kinds)
     able = [name for name, each in STRATEGIES.items() if kept in each.offloads]
     configs = [load_run_config(path, overrides) for path in paths]
     planners = [Planner(config, positions, supervised) for config in configs]
@@ -102,18 +102,19 @@ def plan(
         _print_one(planners[0], [setting for _, setting in settings], kinds, shares)
 
 
-def _shares(directory: Path, kinds: Sequence[GpuSpec], positions: int | None, supervised: int | None) -> Efficiencies:
+def _shares(directory: Path, kinds: Sequence[GpuSpec]) -> Efficiencies:
     """Prints a measured run beside its plan and returns the efficiencies that follow."""
     from theworld_train.config.errors import ConfigError, Problem
     from theworld_train.plan.calibration import calibrate_by, read_run
 
     if len(kinds) != 1:
         raise ConfigError(Problem("names the one kind of GPU that the run was measured on", key="--gpu"))
-    found = calibrate_by(read_run(directory), kinds[0], positions, supervised)
+    found = calibrate_by(read_run(directory), kinds[0])
+    taken = found.run.taken
     measured = statistics.median(found.run.steps)
     typer.echo(
-        f"{found.run.config.name}, measured on {found.run.ranks} x {found.run.device}: a step of {measured:.3f} s "
-        f"({found.planned_seconds:.3f} planned), a peak of {_gib(found.run.peak)} GiB "
+        f"{found.run.config.name}, measured on {taken.ranks} x {taken.device}: a step of {measured:.3f} s "
+        f"({found.planned_seconds:.3f} planned), a peak of {_gib(taken.peak_bytes)} GiB "
         f"({_gib(found.planned_peak)} planned)",
         err=True,
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from theworld_train.cli.arguments import one_run_config, split_overrides
+
+if TYPE_CHECKING:
+    from theworld_train.config.schema import RunConfig
+    from theworld_train.train.metrics import Forecast, Resources
 
 
 def train(
@@ -40,8 +44,15 @@ def train(
         from theworld_train.train.stopping import SAVED_AND_STOPPED, StoppedError
 
         try:
-            run(config, output())
+            run(config, output(), _predict)
         except StoppedError as stopped:
             if os.environ.get("RANK", "0") == "0":
                 typer.echo(f"{config.name}: {stopped}; resume=latest goes on from there", err=True)
             raise SystemExit(SAVED_AND_STOPPED) from None
+
+
+def _predict(config: RunConfig, taken: Resources) -> Forecast:
+    """Plans a run that has ended, to be held against what it has taken."""
+    from theworld_train.plan.calibration import predict
+
+    return predict(config, taken)

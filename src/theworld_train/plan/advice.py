@@ -14,7 +14,7 @@ from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
 from theworld_train.config.schema import RunConfig, frames_of
 from theworld_train.plan.allocator import reserved_bytes
-from theworld_train.plan.dry_run import DryRun, dry_run
+from theworld_train.plan.dry_run import DeviceKind, DryRun, dry_run
 from theworld_train.plan.strategies import STRATEGIES, Offload, Strategy, rank_timeline
 from theworld_train.plan.timeline import Peak, Timeline
 
@@ -161,15 +161,23 @@ def judge(need: Need, gpu: GpuSpec) -> Verdict:
 class Planner:
     """Plans one run config; every dry run is made once."""
 
-    def __init__(self, config: RunConfig, positions: int | None = None, supervised: int | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        positions: int | None = None,
+        supervised: int | None = None,
+        device: DeviceKind = "cuda",
+    ) -> None:
         """Starts with no dry run.
 
         Args:
             config: The run config.
             positions: Tokens of a sample instead of `data.max_sequence_length`.
             supervised: Supervised tokens of a sample; all of its text if absent.
+            device: Whose memory is planned.
         """
         self.config = config
+        self._device: DeviceKind = device
         self._positions = positions
         self._supervised = supervised
         self._runs: dict[tuple[int, bool], DryRun] = {}
@@ -194,6 +202,7 @@ class Planner:
         if known is None or known.steps < steps:
             self._runs[key] = dry_run(
                 self.config,
+                device=self._device,
                 micro_batch_size=setting.micro_batch_size,
                 steps=steps,
                 gathered=gathered,
@@ -332,7 +341,8 @@ class Planner:
         if overrides not in self._variants:
             shortened = any(key == "data.max_sequence_length" for key, _ in overrides)
             changed = _overridden(self.config, overrides)
-            self._variants[overrides] = Planner(changed, None if shortened else self._positions, self._supervised)
+            positions = None if shortened else self._positions
+            self._variants[overrides] = Planner(changed, positions, self._supervised, self._device)
         return self._variants[overrides]
 
 

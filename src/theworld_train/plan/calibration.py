@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
+from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies, gpu_of_device
 from theworld_train.accounting.step_time import calibrate
 from theworld_train.assemble.run import CONFIG_FILE, METRICS_FILE
 from theworld_train.config import load_run_config
@@ -13,7 +15,23 @@ from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.plan.advice import Planner
 from theworld_train.plan.timing import plan_time
-from theworld_train.train.metrics import read_metrics
+from theworld_train.train.metrics import WARM_UP_STEPS, Forecast, Resources, read_metrics
+
+
+def predict(config: RunConfig, taken: Resources) -> Forecast:
+    """Plans a run as it has been: its ranks, its device and its longest samples.
+
+    Args:
+        config: The run config.
+        taken: What the run has taken.
+    """
+    planner = Planner(config, taken.positions, taken.supervised, "cpu" if taken.device == "cpu" else "cuda")
+    setting = planner.setting(config.runtime.strategy, taken.ranks, config.runtime.offload)
+    peak = planner.need(setting).peak.total
+    gpu = gpu_of_device(taken.device)
+    if gpu is None or config.runtime.offload != "none":  # what moves to the host is not timed
+        return Forecast(peak, None)
+    return Forecast(peak, plan_time(config, planner.run(setting), setting, gpu).step.seconds)
 
 
 @dataclass(frozen=True)
@@ -22,37 +40,51 @@ class MeasuredRun:
 
     Attributes:
         config: Its config.
-        steps: Seconds of its steps, the first one left out.
-        peak: Most bytes that a rank has held.
-        ranks: Number of ranks.
-        device: What they computed on.
+        steps: Seconds of its steps on these ranks and this device, warm-up and waiting for data left out.
+        taken: What its last process has taken.
     """
 
     config: RunConfig
     steps: tuple[float, ...]
-    peak: int
-    ranks: int
-    device: str
+    taken: Resources
 
 
 def read_run(directory: Path) -> MeasuredRun:
     """Reads a run directory.
 
     Raises:
-        ConfigError: If it is none, or the run has not come to its end.
+        ConfigError: If it is none, or the run has not come to its end, or has no step after the warm-up.
     """
     metrics = directory / METRICS_FILE
     found = read_metrics(metrics, "resources") if metrics.is_file() else []
     if not found:
-        raise ConfigError(
-            Problem("holds no finished run of two steps or more", key="--calibrate", value=str(directory))
-        )
-    steps = tuple(row["time/step_s"] for row in read_metrics(metrics, "train")[1:])
+        raise ConfigError(Problem("holds no finished run", key="--calibrate", value=str(directory)))
     last = found[-1]
+    taken = Resources(
+        peak_bytes=last["memory/peak_bytes"],
+        step_s=last.get("time/step_s"),
+        **{name: last[name] for name in ("ranks", "device", "positions", "supervised")},
+    )
     config = load_run_config(directory / CONFIG_FILE)
     if config.runtime.offload != "none":
         raise ConfigError(Problem("offloads, and what moves to the host is not timed", key="--calibrate"))
-    return MeasuredRun(config, steps, last["memory/peak_bytes"], last["ranks"], last["device"])
+    steps = tuple(_settled(read_metrics(metrics, "start", "train"), taken))
+    if not steps:
+        message = f"has no step after the first {WARM_UP_STEPS}, which only warm up"
+        raise ConfigError(Problem(message, key="--calibrate", value=str(directory)))
+    return MeasuredRun(config, steps, taken)
+
+
+def _settled(rows: Sequence[dict[str, Any]], taken: Resources) -> Iterator[float]:
+    """Returns the seconds of steps on the same ranks and device, without those that every start warms up with."""
+    done, counts = 0, False
+    for row in rows:
+        if row["event"] == "start":
+            done, counts = 0, (row["ranks"], row["device"]) == (taken.ranks, taken.device)
+            continue
+        done += 1
+        if counts and done > WARM_UP_STEPS:
+            yield row["time/step_s"] - row["time/data_wait_s"]
 
 
 @dataclass(frozen=True)
@@ -72,22 +104,23 @@ class Calibration:
     shares: Efficiencies
 
 
-def calibrate_by(
-    run: MeasuredRun, gpu: GpuSpec, positions: int | None = None, supervised: int | None = None
-) -> Calibration:
+def calibrate_by(run: MeasuredRun, gpu: GpuSpec) -> Calibration:
     """Plans a run that was measured, and returns both.
 
     Args:
         run: The run.
         gpu: What it ran on.
-        positions: Tokens of its samples, where the config does not say.
-        supervised: Supervised tokens of its samples.
 
     Raises:
-        ConfigError: If what was measured cannot be on this GPU.
+        ConfigError: If it ran on something else, or what was measured cannot be on this GPU.
     """
-    planner = Planner(run.config, positions, supervised)
-    setting = planner.setting(run.config.runtime.strategy, run.ranks, run.config.runtime.offload)
+    known = gpu_of_device(run.taken.device)
+    if run.taken.device == "cpu" or (known is not None and known != gpu):
+        message = f"was measured on {run.taken.device}, which says nothing of a plan for {gpu.title}"
+        hint = None if known is None else f"plan for --gpu {known.name}"
+        raise ConfigError(Problem(message, key="--calibrate", hint=hint))
+    planner = Planner(run.config, run.taken.positions, run.taken.supervised)
+    setting = planner.setting(run.config.runtime.strategy, run.taken.ranks, run.config.runtime.offload)
     shares = efficiencies(gpu)
     predicted = plan_time(run.config, planner.run(setting), setting, gpu, shares).step
     return Calibration(

@@ -24,7 +24,7 @@ from theworld_train.train.groups import has_stepped, set_rates
 from theworld_train.train.guard import NumbersGuard
 from theworld_train.train.ledger import check_wrapped
 from theworld_train.train.loss import num_chunks
-from theworld_train.train.metrics import MetricsFile, ProgressDisplay
+from theworld_train.train.metrics import WARM_UP_STEPS, MetricsFile, ProgressDisplay, Resources
 from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.schedule import rate_factor
 from theworld_train.train.stage import StageModule
@@ -83,10 +83,12 @@ class TrainingResult:
     Attributes:
         steps: Optimizer steps done.
         evaluation: The last held-out measurement, if there is a held-out split.
+        resources: What the steps of this process have taken; None if there were none.
     """
 
     steps: int
     evaluation: EvaluationResult | None
+    resources: Resources | None
 
 
 class Trainer:
@@ -137,6 +139,7 @@ class Trainer:
         self._metrics = metrics
         self._progress = progress
         self._stop = StopRequest()
+        self._longest = self._most_supervised = 0
         self._guard = NumbersGuard(config.training.max_skipped_steps)
         self._accumulation = accumulation_steps(
             config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
@@ -152,6 +155,9 @@ class Trainer:
         evaluation: EvaluationResult | None = None
         saved = self._first_step
         times: list[float] = []
+        if self._metrics is not None:
+            layout = {"ranks": self._runtime.world_size, "device": self._runtime.device_name}
+            self._metrics.write("start", self._first_step, layout)
         self._runtime.reset_memory_peak()
         self._stage.set_training_modes()
         started = time.perf_counter()
@@ -171,7 +177,7 @@ class Trainer:
                     self._agree(check, result, done)
                     check = check if check.pending else None
                 seconds = time.perf_counter() - started
-                times.append(seconds)
+                times.append(seconds - waited)
                 self._report(done, result, seconds, waited, self._suspects(window, result))
                 # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
                 if self._is_due(done, self._config.checkpoint.every_steps):
@@ -180,12 +186,12 @@ class Trainer:
                 if self._is_due(done, self._config.evaluation.every_steps):
                     evaluation = self._evaluate(done)
                 started = time.perf_counter()
-        self._report_resources(times[1:])
+        resources = self._resources(times)
         if check is not None and self._first_step < self._max_steps:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
         if evaluation is None:
             evaluation = self._evaluate(self._max_steps)
-        return TrainingResult(self._max_steps, evaluation)
+        return TrainingResult(self._max_steps, evaluation, resources)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -241,6 +247,10 @@ class Trainer:
         """
         batches = window.micro_batches if isinstance(window, Window) else ()
         own = [batch.num_supervised for batch in batches] or [0] * self._accumulation
+        for batch, number in zip(batches, own, strict=False):
+            samples, positions = batch.input_ids.shape
+            self._longest = max(self._longest, positions)
+            self._most_supervised = max(self._most_supervised, math.ceil(number / samples))
         ranks = self._runtime.exchange(
             [
                 isinstance(window, Exception),
@@ -324,20 +334,20 @@ class Trainer:
             self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
         self._guard.count(skipped=result.skipped, step=done, sample_ids=suspects)
 
-    def _report_resources(self, times: Sequence[float]) -> None:
-        """Writes what the run has really taken, for plans to be held against; the first step is not in the time."""
-        peak = max(int(rank) for (rank,) in self._runtime.exchange([self._runtime.memory_peak()]))
-        if self._metrics is None or not times:
-            return
-        self._metrics.write(
-            "resources",
-            self._max_steps,
-            {
-                "memory/peak_bytes": peak,
-                "time/step_s": statistics.median(times),
-                "ranks": self._runtime.world_size,
-                "device": self._runtime.device_name,
-            },
+    def _resources(self, times: Sequence[float]) -> Resources | None:
+        """Returns what the steps have taken, given their seconds; every rank calls it."""
+        if not times:
+            return None
+        ranks = self._runtime.exchange([self._runtime.memory_peak(), self._longest, self._most_supervised])
+        peak, longest, supervised = (int(max(values)) for values in zip(*ranks, strict=True))
+        settled = times[WARM_UP_STEPS:]
+        return Resources(
+            peak_bytes=peak,
+            step_s=statistics.median(settled) if settled else None,
+            ranks=self._runtime.world_size,
+            device=self._runtime.device_name,
+            positions=longest,
+            supervised=supervised,
         )
 
     def _evaluate(self, done: int) -> EvaluationResult | None:
