@@ -77,7 +77,9 @@ class FrameConv3d(WanCausalConv3d):
         if x.shape[2] > 1 or cache_x is not None or self.stride[0] > 1:
             result: Tensor = super().forward(x, cache_x)
             return result
-        tap, padding = self.weight[:, :, -1], (int(self._padding[2]), int(self._padding[0]))
+        # Channels last: in bf16 the kernels of CPUs and GPUs want it, and norms over channels read in order.
+        tap = self.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+        padding = (int(self._padding[2]), int(self._padding[0]))
         frame = functional.conv2d(x.squeeze(2), tap, self.bias, self.stride[1:], padding)
         return frame.unsqueeze(2)
 
