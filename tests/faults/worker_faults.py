@@ -83,7 +83,7 @@ def main() -> None:
     faults = Faults()
     faults.install()
     close = Runtime.close
-    Runtime.close = lambda runtime: None  # type: ignore[method-assign]
+    Runtime.close = Runtime.abort = lambda runtime: None  # type: ignore[method-assign]
     report: dict[str, Any] = {}
     for path in map(Path, sys.argv[2:]):
         faults.begin(json.loads(path.with_suffix(".json").read_text()))

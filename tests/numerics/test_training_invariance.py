@@ -6,6 +6,7 @@ Gradient norms are compared besides losses: AdamW hides a gradient of the wrong 
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -194,6 +195,8 @@ def launch(directory: Path, configs: dict[str, RunConfig]) -> None:
         [*command, worker, *paths], env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    for noise in ("Setting accelerator to CPU", "is deprecated. Please use `torch.distributed"):
+        assert noise not in result.stdout + result.stderr, "DeepSpeed's words of every start reach the user"
 
 
 @pytest.mark.distributed
@@ -234,6 +237,11 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
     configs["begun by another"] = short("crossed", 3, runtime={"strategy": "fsdp2" if strategy == "ddp" else "ddp"})
     configs["crossed"] = short("crossed", 6)
     configs["rounded"] = short("rounded", 6, precision="bf16")
+    adapter = {"world_projector": {}, "language_model": {"adapter": "lora", "dropout": 0.3}}
+    if strategy == "ddp":  # dropout is drawn alike under every strategy
+        configs["dropped straight"] = short("dropped-straight", 4, trainable=adapter)
+        configs["first half dropped"] = short("dropped", 2, trainable=adapter)
+        configs["dropped"] = short("dropped", 4, trainable=adapter)
     still = {"lr": 1e-30, "weight_decay": 0.0}
     configs["still"] = short("still", 1, precision="bf16", optimizer=still, init_from=str(tmp_path / "straight"))
     launch(tmp_path, configs)
@@ -244,6 +252,8 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         assert_same_measurements(whole(stage), tmp_path / stage)
         assert_same_weights(configs[stage], whole(stage), tmp_path / stage)
     assert_resumed(tmp_path / "straight", tmp_path / "halves")
+    if strategy == "ddp":
+        assert_dropped(tmp_path / "dropped-straight", tmp_path / "dropped")
     for key in ("train/loss", "train/grad_norm"):
         crossed = difference(rows(tmp_path / "straight"), rows(tmp_path / "crossed"), key)
         assert crossed <= 2 * TOLERANCE, f"{key} of a run that has changed its strategy is off by {crossed}"
@@ -291,3 +301,11 @@ def assert_resumed(straight: Path, resumed: Path) -> None:
     assert len(files) == 6, "five components and the optimizer"
     for path in files:
         assert path.read_bytes() == (resumed / "step-6" / path.name).read_bytes(), path.name
+
+
+def assert_dropped(straight: Path, resumed: Path) -> None:
+    """Makes sure that each rank draws dropout of its own, and draws on as if it had never stopped."""
+    assert [row["loss_hex"] for row in rows(resumed)] == [row["loss_hex"] for row in rows(straight)]
+    first, second = json.loads((straight / "step-4" / "state.json").read_text())["rng"]
+    # A state of torch's generator begins with the seed.
+    assert first["torch"][:16] != second["torch"][:16]

@@ -31,13 +31,27 @@ def main() -> None:
 
     close = Runtime.close
     # A run ends its process group; the runs of this process share one, which saves the time of forming it.
-    Runtime.close = lambda runtime: None  # type: ignore[method-assign]
+    Runtime.close = Runtime.abort = lambda runtime: None  # type: ignore[method-assign]
     configs = [load_run_config(path) for path in sys.argv[1:]]
     for config in configs:
         train(config, Console(file=io.StringIO()))
     runtime = Runtime(configs[-1])
     assert runtime.world_size == int(os.environ["WORLD_SIZE"])
+    check_timeouts(configs[-1].runtime.timeout_s)
     close(runtime)
+
+
+def check_timeouts(seconds: int) -> None:
+    """Makes sure that every group, those of engines too, has the timeout of the config or that of a long wait."""
+    import torch
+    from torch.distributed import distributed_c10d
+
+    from theworld_train.train.runtime import PATIENCE
+    from theworld_train.train.watchdog import REPORT_S
+
+    backends = [group._get_backend(torch.device("cpu")) for group in distributed_c10d._world.pg_map]
+    found = {backend.options._timeout.total_seconds() for backend in backends}
+    assert found == {seconds + REPORT_S, PATIENCE.total_seconds()}, found
 
 
 if __name__ == "__main__":

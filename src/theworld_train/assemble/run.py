@@ -131,9 +131,8 @@ def train(config: RunConfig, console: Console, predict: Predict | None = None) -
         ConfigError: If an input is wrong, before any model loads, or if the first step breaks the contract of freezing.
     """
     with ExitStack() as held:
-        runtime = Runtime(config)
-        is_main = runtime.is_main
-        try:
+        with Runtime(config) as runtime:
+            is_main = runtime.is_main
             with runtime.agreement():
                 inputs = open_inputs(config)
                 ledger = ledger_of(config)
@@ -151,8 +150,6 @@ def train(config: RunConfig, console: Console, predict: Predict | None = None) -
                     with runtime.agreement():
                         check_changes(config, checkpoint)
                 result = _train(config, inputs, checkpoint, resume, runtime, console)
-        finally:
-            runtime.close()
         if is_main:  # the others have gone: none of them waits for a plan
             _compare(config, result, predict, console)
         return result
@@ -205,6 +202,7 @@ def _train(
     stage = build_stage(model, config)
     move(model, runtime.device)
     engine = runtime.engine(stage, lambda: build_optimizer(model, config), config)
+    runtime.seed(config.seed, inheritance.step)
     if resume and inheritance.source is not None:
         with runtime.agreement():
             _restore(engine, model, inheritance, runtime)
@@ -249,7 +247,7 @@ def _restore(
 ) -> None:
     assert inheritance.source is not None
     load_optimizer(engine, trained_parameters(model), inheritance.source / OPTIMIZER_FILE)
-    if runtime.rank < len(inheritance.rng):
+    if runtime.world_size == len(inheritance.rng):
         restore_random_state(inheritance.rng[runtime.rank])
 
 

@@ -53,8 +53,7 @@ def run_ablations(
     if not config.model.world.enabled and (unfit := sorted(set(ablations) - {"as_trained", "image_blanked"})):
         raise ConfigError(f"{path} has no world path, so there is nothing to take away for {', '.join(unfit)}")
     inputs = open_evaluation_inputs(config)
-    runtime = Runtime(config)
-    try:
+    with Runtime(config) as runtime:
         model = load_model(config, (), path).model
         stage = StageModule(
             model,
@@ -65,8 +64,6 @@ def run_ablations(
         )
         move(model, runtime.device)
         return _measure(config, inputs, stage, runtime, ablations)
-    finally:
-        runtime.close()
 
 
 def _measure(

@@ -6,7 +6,9 @@ and a checkpoint of one strategy goes on under another.
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol, cast
@@ -27,6 +29,15 @@ from theworld_train.train.stage import StageModule
 
 #: Slots of AdamW's state that are as large as their parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+#: Elements in which ZeRO collects gradients before it reduces them; the buffer holds so many in fp32.
+REDUCE_BUCKET = 200_000_000
+#: Elements that ZeRO-3 gathers ahead of the layer at work, and how many it may hold before it gathers no more ahead.
+#: What trains is gathered as it is stored, in fp32, and what is frozen in bf16.
+PREFETCH_BUCKET = 50_000_000
+MAX_LIVE = 300_000_000
+#: Elements until whose use a weight stays gathered: a layer of 94 million is recomputed and then goes backward.
+REUSE_DISTANCE = 200_000_000
 
 MakeOptimizer = Callable[[], torch.optim.Optimizer]
 
@@ -123,7 +134,7 @@ class ShardedEngine:
     """FSDP2: weights, gradients and optimizer state are sharded; a unit's weights are gathered while it computes."""
 
     def __init__(self, stage: StageModule, make_optimizer: MakeOptimizer, config: RunConfig, mesh: DeviceMesh) -> None:
-        """Shards a stage in place, unit by unit as its components declare them, the rest as one unit.
+        """Shards a stage in place, unit by unit as `wrap_units` names them, the rest as one unit.
 
         Args:
             stage: On its device.
@@ -132,14 +143,15 @@ class ShardedEngine:
             mesh: Of the ranks; if it has two dimensions, weights are replicated over the first one.
         """
         stage.lockstep = True
-        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        compute = torch.float32 if config.precision == "fp32" else torch.bfloat16
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # The world encoder computes in the precision in which it is stored.
+        stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy() if config.runtime.offload == "all" else OffloadPolicy()
-        for layer in wrap_units(stage):
-            fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=offload)
-        # What is left holds the world encoder, which computes in fp32; autocast casts the rest, as without sharding.
-        fully_shard(stage, mesh=mesh, mp_policy=exact, offload_policy=offload)
+        for unit in wrap_units(stage):
+            own = stored if isinstance(unit, WorldEncoder) else policy
+            fully_shard(unit, mesh=mesh, mp_policy=own, offload_policy=offload)
+        fully_shard(stage, mesh=mesh, mp_policy=policy, offload_policy=offload)
         self.wrapped: nn.Module = stage
         self._ranks = torch.distributed.get_world_size()
         self.optimizer = make_optimizer()
@@ -202,6 +214,7 @@ class DeepSpeedEngine:
             make_optimizer: Makes the optimizer; DeepSpeed puts flat shards in the place of its parameters.
             settings: DeepSpeed's config, as `deepspeed_settings` makes it.
         """
+        _quieten_deepspeed()
         import deepspeed
         from deepspeed.utils import set_z3_leaf_modules
 
@@ -302,7 +315,17 @@ def deepspeed_settings(config: RunConfig, accumulation: int) -> dict[str, Any]:
     Precision stays ours, autocast over fp32 masters: DeepSpeed's bf16 mode would round what it makes masters from.
     """
     offload = config.runtime.offload
-    zero: dict[str, Any] = {"stage": int(config.runtime.strategy.removeprefix("zero")), "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": int(config.runtime.strategy.removeprefix("zero")),
+        "overlap_comm": False,
+        "reduce_bucket_size": REDUCE_BUCKET,
+    }
+    if config.runtime.strategy == "zero3":
+        zero |= {
+            "stage3_prefetch_bucket_size": PREFETCH_BUCKET,
+            "stage3_max_live_parameters": MAX_LIVE,
+            "stage3_max_reuse_distance": REUSE_DISTANCE,
+        }
     if offload in ("optimizer", "all"):
         zero["offload_optimizer"] = {"device": "cpu"}
     if offload == "all":
@@ -329,8 +352,16 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def wrap_units(stage: StageModule) -> list[nn.Module]:
-    """Returns the layers whose weights are gathered one at a time: those that transformers can checkpoint."""
-    return [module for module in stage.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Returns what is gathered one at a time: layers that transformers can checkpoint, and a world encoder inside."""
+    return [module for module in stage.modules() if isinstance(module, GradientCheckpointingLayer | WorldEncoder)]
+
+
+def _quieten_deepspeed() -> None:
+    """Leaves out what DeepSpeed says of itself at every start, and that is no news to a user."""
+    if not torch.cuda.is_available():
+        logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+    deprecated = r"`torch\.distributed\.\w+` is deprecated"
+    warnings.filterwarnings("ignore", message=deprecated, category=FutureWarning)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from types import TracebackType
+from typing import Any, NoReturn, Self, TypeVar, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from theworld_train.config.errors import ConfigError, Problem
@@ -31,16 +33,20 @@ from theworld_train.train.engine import (
     deepspeed_settings,
 )
 from theworld_train.train.stage import StageModule
+from theworld_train.train.stopping import StoppedError
 from theworld_train.train.watchdog import REPORT_S, Watchdog
 
 T = TypeVar("T")
+
+#: How long an exchange waits for a rank that loads or saves: how long that may take is for the watchdog to say, and a
+#: rank that dies is noticed at once. `runtime.timeout_s` is for the exchanges of a step.
+PATIENCE = timedelta(hours=6)
 
 
 class Runtime:
     """One rank's view of the run's process group."""
 
     _watchdog: Watchdog | None = None
-    _waits = 0
 
     def __init__(self, config: RunConfig) -> None:
         """Forms the process group that the launcher has announced, or none for a single process.
@@ -56,7 +62,8 @@ class Runtime:
         # Convolutions are fp32 where they say so: the default on GPUs since Ampere would round their inputs to 10 bits.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        process_group: dict[str, Any] = {"timeout": timedelta(seconds=config.runtime.timeout_s + REPORT_S)}
+        self._timeout = timedelta(seconds=config.runtime.timeout_s + REPORT_S)
+        process_group: dict[str, Any] = {"timeout": self._timeout}
         if torch.cuda.is_available():
             process_group["backend"] = "cuda:nccl,cpu:gloo"  # offloaded shards are exchanged on the host
         # Precision and accumulation are the trainer's: autocast over fp32 masters, and a scale on each backward.
@@ -71,6 +78,19 @@ class Runtime:
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
+        several = self.world_size > 1
+        self._patient = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if several else None
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Leaves the process group; only what has ended on all ranks together is ended in order."""
+        if error is None or isinstance(error, StoppedError):
+            self.close()
+        else:
+            self.abort()
 
     @property
     def rank(self) -> int:
@@ -95,6 +115,12 @@ class Runtime:
 
     def engine(self, stage: StageModule, make_optimizer: MakeOptimizer, config: RunConfig) -> Engine:
         """Wraps a stage for the run's strategy; a single process holds everything, whatever the strategy."""
+        engine = self._engine(stage, make_optimizer, config)
+        if self.world_size > 1:
+            self._limit_groups()
+        return engine
+
+    def _engine(self, stage: StageModule, make_optimizer: MakeOptimizer, config: RunConfig) -> Engine:
         if self.world_size == 1:
             if config.runtime.offload != "none":
                 hint = "launch several ranks, or set it to none"
@@ -121,14 +147,35 @@ class Runtime:
             self.device.type, (self.world_size // local, local), mesh_dim_names=("replicate", "shard")
         )
 
-    def exchange(self, values: Sequence[float]) -> list[list[float]]:
-        """Returns equally many numbers of every rank, in the order of ranks, in fp64."""
+    def _limit_groups(self) -> None:
+        """Gives the groups that engines have made the run's timeout, in place of torch's own."""
+        for group in distributed_c10d._world.pg_map:
+            if group is not self._patient:
+                distributed_c10d._set_pg_timeout(self._timeout, group)
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seeds torch, otherwise on each rank, so that ranks draw dropout of their own.
+
+        Args:
+            seed: Of the run.
+            step: Optimizer steps done: a run that goes on with other ranks does not draw again what it has drawn.
+        """
+        (state,) = np.random.SeedSequence((seed, self.rank, step)).generate_state(1, np.uint64)
+        torch.manual_seed(int(state))
+
+    def exchange(self, values: Sequence[float], *, patiently: bool = False) -> list[list[float]]:
+        """Returns equally many numbers of every rank, in the order of ranks, in fp64.
+
+        Args:
+            values: This rank's numbers.
+            patiently: Whether others may come much later than `runtime.timeout_s`.
+        """
         self.beat()
         if self.world_size == 1:
             return [[float(value) for value in values]]
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        own = torch.tensor(values, dtype=torch.float64, device="cpu" if patiently else self.device)
         every = [torch.empty_like(own) for _ in range(self.world_size)]
-        torch.distributed.all_gather(every, own)
+        torch.distributed.all_gather(every, own, group=self._patient if patiently else None)
         return cast(list[list[float]], torch.stack(every).tolist())
 
     @property
@@ -186,35 +233,13 @@ class Runtime:
         if self._watchdog is not None:
             self._watchdog.beat()
 
-    def on_main(self, work: Callable[[], None]) -> None:
-        """Does something on the main rank; the others wait, not in a collective, which would give up too early.
-
-        Raises:
-            Exception: On the main rank, its error.
-            ConfigError: On the others, with what the main rank says.
-        """
-        error: Exception | None = None
-        self._waits += 1
-        store = torch.distributed.distributed_c10d._get_default_store() if self.world_size > 1 else None
-        key, pause_s = f"theworld-train/on-main-{self._waits}", 0.01
-        if self.is_main:
-            try:
-                work()
-            except Exception as failure:
-                error = failure
-            if store is not None:
-                store.set(key, "")
-        elif store is not None:
-            while not store.check([key]):
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, 1.0)
-        self.agree_on_failure(error)
-
     # -- failures -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def agreement(self) -> Generator[None]:
         """Runs a block without collectives; if it fails on any rank, all ranks stop and say what happened where.
+
+        The block may take a rank long, such as the one that saves: the others wait for it patiently.
 
         Raises:
             Exception: This rank's own error.
@@ -230,11 +255,13 @@ class Runtime:
     def agree_on_failure(self, error: Exception | None) -> None:
         """Raises on every rank if any rank has failed, so that none is left waiting in a collective.
 
+        Ranks wait for one another patiently.
+
         Raises:
             Exception: This rank's own error.
             ConfigError: If only other ranks have one, with what they say.
         """
-        if self.world_size > 1 and any(failed for (failed,) in self.exchange([error is not None])):
+        if self.world_size > 1 and any(failed for (failed,) in self.exchange([error is not None], patiently=True)):
             self.raise_failures(error)
         if error is not None:
             raise error
@@ -288,8 +315,16 @@ class Runtime:
         self.accelerator.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Ends trackers and the process group."""
+        """Ends trackers and the process group; every rank calls it, and waits for the others."""
         self.accelerator.end_training()
+
+    def abort(self) -> None:
+        """Ends trackers and leaves the process group at once: others may be waiting in a collective for ever."""
+        for tracker in self.accelerator.trackers:
+            with suppress(Exception):  # the error that has ended the run is the one to be told
+                tracker.finish()
+        if torch.distributed.is_initialized():
+            distributed_c10d._abort_process_group()
 
 
 def _high_water() -> int:

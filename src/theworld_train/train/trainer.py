@@ -367,11 +367,12 @@ class Trainer:
     def _checkpoint(self, done: int) -> None:
         if self._save is None:
             return
-        save = self._save
         self._runtime.enter("saving", done, patience=SAVE_PATIENCE)
         states = self._runtime.gather(random_state())
-        snapshot = save.collect(self._engine, keep=self._runtime.is_main)
-        self._runtime.on_main(lambda: save.write(done, snapshot, states))
+        snapshot = self._save.collect(self._engine, keep=self._runtime.is_main)
+        with self._runtime.agreement():
+            if self._runtime.is_main:
+                self._save.write(done, snapshot, states)
 
     def _say(self, text: str) -> None:
         if self._progress is not None:
