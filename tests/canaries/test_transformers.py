@@ -114,10 +114,6 @@ def test_layers_are_checkpointed_only_while_training():
     assert len(calls) == 1
 
 
-def test_checkpointing_can_be_asked_for_without_reentrance():
-    assert "gradient_checkpointing_kwargs" in parameters_of(PreTrainedModel.gradient_checkpointing_enable)
-
-
 def test_generate_encodes_images_before_prefill(tiny: TinyCheckpoint):
     model = tiny.theworld()
     assert model._supports_mm_encoder_outputs()

@@ -144,7 +144,7 @@ def assert_agree(config: RunConfig, architecture: TheWorldConfig, shape: StepSha
     """Formulas and counter agree to the last FLOP: in all, and in convolutions and fused attention each."""
     settings = StepSettings(
         trainable=frozenset(trainable_components(config)),
-        gradient_checkpointing=config.training.gradient_checkpointing,
+        gradient_checkpointing=config.training.gradient_checkpointing.language_model == "full",
         attention=attention,
         chunk_size=config.training.loss_chunk_size,
         precision=config.precision,
@@ -158,7 +158,7 @@ def assert_agree(config: RunConfig, architecture: TheWorldConfig, shape: StepSha
 def stage_config(folder: str, name: str, enabled: bool) -> RunConfig:
     """A shipped stage, with or without gradient checkpointing."""
     return load_run_config(
-        CONFIGS / folder / f"{name}.yaml", [f"training.gradient_checkpointing={str(enabled).lower()}"]
+        CONFIGS / folder / f"{name}.yaml", [f"training.gradient_checkpointing={'full' if enabled else 'none'}"]
     )
 
 

@@ -14,6 +14,7 @@ from theworld_train.config import load_run_config, parse_run_config
 from theworld_train.plan.advice import Planner
 from theworld_train.plan.dry_run import dry_run, sample_shape, synthetic_batch, trace_steps
 from theworld_train.plan.strategies import STRATEGIES, rank_timeline
+from theworld_train.train import recompute
 from theworld_train.train.ledger import add_adapters, build_ledger
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -39,8 +40,8 @@ def test_the_published_logits_are_four_buffers():
 
 
 @pytest.mark.parametrize("trainable", [PROJECTION, LANGUAGE, EVERYTHING], ids=len)
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpointing: bool):
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpointing: str):
     config, model = run_config(trainable, gradient_checkpointing=checkpointing), architecture()
     planned = dry_run(config, device="cpu", architecture=model)
     shape = sample_shape(config, model)
@@ -51,6 +52,22 @@ def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpoi
         assert first.total == pytest.approx(second.total, rel=0.01)
         assert first.by_category() == pytest.approx(second.by_category(), rel=0.02, abs=4096)
         assert (first.phase, first.op, first.module) == (second.phase, second.op, second.module)
+
+
+def test_what_is_kept_is_less_the_more_is_computed_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recompute, "SMALLEST_MOVED", 0)
+    cases = {
+        "all": {"gradient_checkpointing": "none"},
+        "products": {"gradient_checkpointing": "selective"},
+        "borders": {"gradient_checkpointing": "full"},
+        "nothing": {"gradient_checkpointing": "full", "activation_offload": True},
+    }
+    kept = {}
+    for name, training in cases.items():
+        run = dry_run(run_config(PROJECTION, length=512, **training), architecture=architecture())
+        kept[name] = run.timeline().peak(1).by_category()["activations"]
+    assert kept["nothing"] < 0.9 * kept["borders"] < kept["borders"] < 0.9 * kept["products"]
+    assert kept["products"] < 0.9 * kept["all"]
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])

@@ -41,12 +41,12 @@ def test_the_table_is_that_of_the_shipped_configs(shipped: Callable[..., RunConf
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_step(
     stage: str,
     precision: str,
-    checkpointing: bool,
+    checkpointing: str,
     shipped: Callable[..., RunConfig],
     assembled: Callable[[RunConfig], Any],
     tmp_path: Path,

@@ -28,7 +28,7 @@ ADAPTER: dict[str, Any] = {
 }
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "projection": ("projection", {}),
-    "vision": ("vision", {"training__gradient_checkpointing": True}),
+    "vision": ("vision", {"training__gradient_checkpointing": "full"}),
     "language-bf16": ("language", {"precision": "bf16"}),
     "full": ("full", {"deterministic": True}),
     "adapter": ("language", ADAPTER),

@@ -146,6 +146,7 @@ def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> S
         precision=config.precision,
         chunk_size=config.training.loss_chunk_size,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        activation_offload=config.training.activation_offload,
         reference=config.training.loss == "reference_4_56",
     )
 

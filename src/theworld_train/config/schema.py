@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -231,6 +231,50 @@ class ScheduleSection(Section):
     """Length of the final decay of `wsd`; a tenth of the run if absent."""
 
 
+CheckpointingMode = Literal["none", "full", "selective"]
+
+
+class GradientCheckpointing(Section):
+    """What each tower recomputes in the backward pass; one word stands for the same in all of them."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"], "pattern": "^(none|full|selective)$"})
+
+    language_model: CheckpointingMode = "full"
+    """`none`: all activations are kept; `full`: those between layers, and the rest is computed again; `selective`: the
+    outputs of matrix products, convolutions and fused attention too."""
+    vision_tower: CheckpointingMode = "full"
+    """The same for the vision tower, where it trains."""
+    world_encoder: CheckpointingMode = "full"
+    """The same for the world encoder, where it trains; it is recomputed as a whole."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_word(cls, value: object) -> object:
+        if isinstance(value, dict | cls):
+            return value
+        if value in get_args(CheckpointingMode):
+            return dict.fromkeys(cls.model_fields, value)
+        renamed = {True: "; true is full now", False: "; false is none now"}
+        raise ValueError(
+            "expected none, full or selective, or a mapping of towers to them such as {vision_tower: none}"
+            + (renamed[value] if isinstance(value, bool) else f", got {value!r}")
+        )
+
+    @classmethod
+    def everywhere(cls, mode: CheckpointingMode) -> GradientCheckpointing:
+        """Returns the same mode for all towers."""
+        return cls(language_model=mode, vision_tower=mode, world_encoder=mode)
+
+    @property
+    def by_component(self) -> dict[Component, CheckpointingMode]:
+        """The mode of each tower."""
+        return {
+            Component.LANGUAGE_MODEL: self.language_model,
+            Component.VISION_TOWER: self.vision_tower,
+            Component.WORLD_ENCODER: self.world_encoder,
+        }
+
+
 class TrainingSection(Section):
     """How long, how large and how the steps are."""
 
@@ -244,8 +288,10 @@ class TrainingSection(Section):
     """Samples that one rank processes at once; accumulation is derived and must divide."""
     gradient_clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the whole gradient; no limit if null."""
-    gradient_checkpointing: bool = True
-    """Recompute layers in the backward pass instead of keeping their activations."""
+    gradient_checkpointing: GradientCheckpointing = GradientCheckpointing()
+    """What is computed again in the backward pass instead of being kept: a word for all towers, or one for each."""
+    activation_offload: bool = False
+    """Keep what checkpointed layers start from in host memory until the backward pass needs it."""
     loss: Literal["chunked", "reference_4_56"] = "chunked"
     """`chunked`: logits at supervised positions alone, in chunks; `reference_4_56`: as Gemma 3 in transformers 4.56,
     fp32 logits of all positions and a shifted copy of them, for comparison with other trainers."""
@@ -388,6 +434,17 @@ class RunConfig(Section):
                 )
         if self.resume and self.init_from and self.resume != "latest":
             raise ValueError("resume continues a run, init_from starts one: set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_activation_offload(self) -> RunConfig:
+        modes = self.training.gradient_checkpointing.by_component
+        passed = {Component.LANGUAGE_MODEL, *self.trainable}
+        if self.training.activation_offload and all(modes[tower] == "none" for tower in modes if tower in passed):
+            raise ValueError(
+                "training.activation_offload moves what checkpointed layers start from, and "
+                "training.gradient_checkpointing is none for all towers that a gradient passes"
+            )
         return self
 
 

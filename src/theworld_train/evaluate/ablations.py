@@ -15,7 +15,7 @@ from theworld_train.assemble.inputs import EvaluationInputs, open_evaluation_inp
 from theworld_train.assemble.model import load_model, move
 from theworld_train.assemble.run import held_out_batches, load_run
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import Ablation, RunConfig
+from theworld_train.config.schema import Ablation, GradientCheckpointing, RunConfig
 from theworld_train.data import Collator, EvaluationBatch
 from theworld_train.train.evaluation import EvaluationResult, EvaluationTally, in_step, score
 from theworld_train.train.runtime import Runtime
@@ -60,7 +60,7 @@ def run_ablations(
             (),
             precision=config.precision,
             chunk_size=config.training.loss_chunk_size,
-            gradient_checkpointing=False,
+            gradient_checkpointing=GradientCheckpointing.everywhere("none"),
         )
         move(model, runtime.device)
         return _measure(config, inputs, stage, runtime, ablations)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -113,8 +114,9 @@ class WorldEncoder(nn.Module):
         self.quant_conv = WanCausalConv3d(2 * z_dim, 2 * z_dim, 1)
         self._latents_mean = tuple(float(value) for value in config["latents_mean"])
         self._latents_std = tuple(float(value) for value in config["latents_std"])
-        #: Whether activations are recomputed in the backward pass.
+        #: Whether activations are recomputed in the backward pass, and how; layers of transformers have the same two.
         self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         for module in self.modules():
             if type(module) is WanCausalConv3d:
                 module.__class__ = FrameConv3d
@@ -181,7 +183,7 @@ class WorldEncoder(nn.Module):
         """
         if self.gradient_checkpointing and torch.is_grad_enabled() and self.quant_conv.weight.requires_grad:
             # As a whole: inside, the causal convolutions hand their caches from chunk to chunk.
-            latents = checkpoint(self._encode_blocks, frames, counts, use_reentrant=False)
+            latents = self._gradient_checkpointing_func(self._encode_blocks, frames, counts)
         else:
             latents = self._encode_blocks(frames, counts)
         return self._touch(latents, max(counts)), tuple(latent_frames(count) for count in counts)

@@ -12,7 +12,7 @@ from theworld_train.accounting.gpus import GpuSpec
 from theworld_train.accounting.tokens import world_tokens
 from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
-from theworld_train.config.schema import RunConfig, frames_of
+from theworld_train.config.schema import GradientCheckpointing, RunConfig, frames_of
 from theworld_train.plan.allocator import reserved_bytes
 from theworld_train.plan.dry_run import DeviceKind, DryRun, dry_run
 from theworld_train.plan.strategies import STRATEGIES, Offload, Strategy, rank_timeline
@@ -313,8 +313,8 @@ class Planner:
         if training.micro_batch_size > 1:
             overrides.append(("training.micro_batch_size", 1))
             yield tuple(overrides)
-        if not training.gradient_checkpointing:
-            overrides.append(("training.gradient_checkpointing", True))
+        if training.gradient_checkpointing != GradientCheckpointing():
+            overrides.append(("training.gradient_checkpointing", "full"))
             yield tuple(overrides)
         if not overrides:
             yield ()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.nn import functional
 
 from theworld_train.model import attention as attention_module
 from theworld_train.model.attention import SequenceLayout
+from theworld_train.train import recompute
 
 _ATEN = torch.ops.aten
 #: Largest head of flash attention on CUDA, and the multiple that it is padded to.
@@ -28,22 +31,36 @@ def cuda_semantics() -> Generator[None]:
       shape functions say what they make; a boolean mask becomes an additive one in the dtype of the queries, padded
       as the kernel wants it, and is kept for the backward pass.
     - Autocast runs layer norm in fp32 on CUDA, and in bf16 on a CPU.
+    - What waits on the host takes none of the GPU's memory.
 
     The functions themselves are replaced, for all attention of transformers and diffusers calls them by name; a
     `TorchFunctionMode` would not see what checkpointing recomputes inside of the backward pass.
     """
-    replaced = {"scaled_dot_product_attention": attention, "layer_norm": layer_norm}
-    originals = {name: getattr(functional, name) for name in replaced}
-    flex = attention_module.flex_attention
-    for name, function in replaced.items():
-        setattr(functional, name, function)
-    attention_module.flex_attention = _flex
+    replaced: dict[tuple[ModuleType, str], Callable[..., Any]] = {
+        (functional, "scaled_dot_product_attention"): attention,
+        (functional, "layer_norm"): layer_norm,
+        (attention_module, "flex_attention"): _flex,
+        (recompute, "to_host"): to_host,
+        (recompute, "from_host"): from_host,
+    }
+    originals = {place: getattr(*place) for place in replaced}
+    for place, function in replaced.items():
+        setattr(*place, function)
     try:
         yield
     finally:
-        attention_module.flex_attention = flex
-        for name, function in originals.items():
-            setattr(functional, name, function)
+        for place, function in originals.items():
+            setattr(*place, function)
+
+
+def to_host(tensor: Tensor) -> recompute.OnHost:
+    """Stands in for a copy to the host: a tensor of the same shape without memory."""
+    return recompute.OnHost(tensor.new_empty(1).as_strided(tensor.shape, [0] * tensor.ndim), tensor.device)
+
+
+def from_host(kept: recompute.OnHost) -> Tensor:
+    """Stands in for the copy back."""
+    return torch.empty_like(kept.copy, memory_format=torch.contiguous_format)
 
 
 _layer_norm = functional.layer_norm

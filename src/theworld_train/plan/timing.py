@@ -64,7 +64,8 @@ def plan_time(
         ),
         StepSettings(
             trainable=frozenset(config.trainable),
-            gradient_checkpointing=training.gradient_checkpointing,
+            # Where the time goes: what `selective` computes again is no product, and costs little.
+            gradient_checkpointing=training.gradient_checkpointing.language_model == "full",
             attention=_ATTENTION[config.model.attention],
             chunk_size=training.loss_chunk_size,
             precision="fp32" if config.precision == "fp32" else "bf16",

@@ -119,8 +119,8 @@ def _fsdp(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Problem
     for variable, expected in (("FSDP_RESHARD_AFTER_FORWARD", "true"), ("FSDP_AUTO_WRAP_POLICY", LAYERWISE)):
         if (asked := environment.get(variable, expected)).lower() != expected.lower():
             yield _problem(variable, asked, "runtime.strategy", f"fsdp2, which is {expected}")
-    checkpointing = config.training.gradient_checkpointing
-    if environment.get("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true" and not checkpointing:
+    checkpointing = config.training.gradient_checkpointing.language_model
+    if environment.get("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true" and checkpointing == "none":
         yield _problem("FSDP_ACTIVATION_CHECKPOINTING", "true", "training.gradient_checkpointing", checkpointing)
 
 

@@ -92,17 +92,6 @@ def set_modes(model: TheWorldForConditionalGeneration, trainable: Collection[Com
                 layer.training = True
 
 
-def enable_checkpointing(model: TheWorldForConditionalGeneration) -> None:
-    """Switches gradient checkpointing on, non-reentrant: in the towers' layers, and in the world encoder as a whole."""
-    if model.config.enable_world:
-        model.world_encoder.gradient_checkpointing = True
-    kwargs = {"use_reentrant": False}
-    if hasattr(model.model, "activation_checkpointing_enable"):
-        model.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:  # its name before transformers 5.20
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-
-
 def frozen_and_trainable(
     model: TheWorldForConditionalGeneration,
 ) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:

@@ -46,6 +46,7 @@ RULES: dict[str, Rule] = {
     "training.global_batch_size": "forbidden",
     "training.micro_batch_size": "safe",
     "training.gradient_checkpointing": "safe",
+    "training.activation_offload": "safe",
     "training.loss_chunk_size": "safe",
     "training.max_skipped_steps": "safe",
     "training.verify_freezing": "safe",

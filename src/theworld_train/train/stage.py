@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from theworld_train.accounting.tokens import latent_frames
 from theworld_train.batch import Batch
 from theworld_train.config.components import Component
+from theworld_train.config.schema import GradientCheckpointing
 from theworld_train.model.attention import BANDED, FLEX, SequenceLayout
 from theworld_train.model.components import TRAITS, component_modules
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
-from theworld_train.train.freeze import Precision, enable_checkpointing, set_modes
+from theworld_train.train.freeze import Precision, set_modes
 from theworld_train.train.loss import LossOutput, reference_loss, supervised_loss
+from theworld_train.train.recompute import enable_checkpointing
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class StageModule(nn.Module):
         *,
         precision: Precision,
         chunk_size: int,
-        gradient_checkpointing: bool,
+        gradient_checkpointing: GradientCheckpointing,
+        activation_offload: bool = False,
         reference: bool = False,
     ) -> None:
         """Builds the stage around a model that `apply_trainable` has prepared.
@@ -68,7 +71,8 @@ class StageModule(nn.Module):
             trainable: Components that train.
             precision: `bf16` runs under autocast with the residual stream in bf16; `bf16_pure` without autocast.
             chunk_size: Supervised positions whose logits are held at once.
-            gradient_checkpointing: Whether layers are recomputed in the backward pass.
+            gradient_checkpointing: What each tower recomputes in the backward pass.
+            activation_offload: Whether what checkpointed layers start from waits in host memory.
             reference: Whether training computes its loss as transformers 4.56 does.
         """
         super().__init__()
@@ -84,8 +88,7 @@ class StageModule(nn.Module):
         self._autocasts = precision == "bf16"
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._model = (model,)  # a tuple hides the whole model from the module's own children
-        if gradient_checkpointing:
-            enable_checkpointing(model)
+        enable_checkpointing(model, gradient_checkpointing, offload=activation_offload)
         # The residual stream begins here; from fp32 masters it would begin, and stay, in fp32.
         model.model.vision_tower.embeddings.register_forward_hook(lambda _module, _args, out: out.to(self._dtype))
 

@@ -53,7 +53,7 @@ def test_several_ranks_pay_for_collectives(planner: Callable[..., Planner]):
 
 
 def test_the_largest_micro_batch_fits_and_five_times_as_many_do_not(planner: Callable[..., Planner]):
-    plans = planner(("world_projector",), batch=1, global_batch=64, length=512, gradient_checkpointing=False)
+    plans = planner(("world_projector",), batch=1, global_batch=64, length=512, gradient_checkpointing="none")
     setting = plans.setting("ddp", 1)
     largest = plans.largest_micro_batch(setting, gpu(GIB))
     assert 2 < largest < 64
@@ -72,13 +72,13 @@ def test_a_micro_batch_is_no_larger_than_a_ranks_share(planner: Callable[..., Pl
 
 
 def test_the_cheapest_change_comes_first(planner: Callable[..., Planner]):
-    plans = planner(("world_projector",), batch=8, length=512, gradient_checkpointing=False)
+    plans = planner(("world_projector",), batch=8, length=512, gradient_checkpointing="none")
     setting = plans.setting("ddp", 1)
     priced = (plans.price(option, setting, gpu(GIB)) for option in plans.options(setting))
     changes = {str(change): change.verdict.need.least for change in priced}
     names = list(changes)
     assert names[0] == "training.micro_batch_size=1"
-    assert "training.micro_batch_size=1 training.gradient_checkpointing=true" in names
+    assert 'training.micro_batch_size=1 training.gradient_checkpointing="full"' in names
     assert changes[names[0]] < plans.need(setting).least
     found = plans.assess(setting, gpu(plans.need(setting).least - 1))
     assert str(found.change) == names[0]

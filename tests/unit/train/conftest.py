@@ -14,7 +14,7 @@ from theworld_train.batch import Batch
 from theworld_train.checkpoint_files import Origin
 from theworld_train.config import parse_run_config
 from theworld_train.config.components import Component
-from theworld_train.config.schema import RunConfig
+from theworld_train.config.schema import CheckpointingMode, GradientCheckpointing, RunConfig
 from theworld_train.data import Collator, Sample
 from theworld_train.model import TheWorld
 from theworld_train.model.digest import base_digests
@@ -84,7 +84,8 @@ def make_stage(tiny: TinyCheckpoint) -> Callable[..., StageModule]:
         precision: Precision = "fp32",
         *,
         chunk_size: int = 1024,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: CheckpointingMode | GradientCheckpointing = "none",
+        activation_offload: bool = False,
         model: TheWorld | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> StageModule:
@@ -95,7 +96,8 @@ def make_stage(tiny: TinyCheckpoint) -> Callable[..., StageModule]:
             trainable,
             precision=precision,
             chunk_size=chunk_size,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=GradientCheckpointing.model_validate(gradient_checkpointing),
+            activation_offload=activation_offload,
         )
         stage.set_training_modes()
         return stage

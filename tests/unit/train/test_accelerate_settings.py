@@ -198,7 +198,7 @@ def test_deepspeed_config_that_cannot_be_read(text: str | None, export: Export, 
         ({"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, {}, "FSDP_AUTO_WRAP_POLICY", ("SIZE_BASED_WRAP", "TRANSFORMER")),
         (
             {"fsdp_activation_checkpointing": True},
-            {"training": {"gradient_checkpointing": False}},
+            {"training": {"gradient_checkpointing": "none"}},
             "FSDP_ACTIVATION_CHECKPOINTING",
             ("'true'", "False"),
         ),

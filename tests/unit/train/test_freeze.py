@@ -14,6 +14,7 @@ from tests.helpers.tiny import TinyCheckpoint, assistant, clip, image, user
 from theworld_train.batch import Batch
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
+from theworld_train.config.schema import GradientCheckpointing
 from theworld_train.model import TheWorld
 from theworld_train.model.adapters import Adapter, adapter_parameters, add_adapter, base_parameters
 from theworld_train.model.components import component_modules, component_parameters
@@ -202,7 +203,8 @@ def test_dropout_is_on_in_an_adapter_and_off_beside_it(tiny: TinyCheckpoint, mak
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
     apply_trainable(model, [LANGUAGE], "fp32")
-    stage = StageModule(model, [LANGUAGE], precision="fp32", chunk_size=1024, gradient_checkpointing=False)
+    nothing = GradientCheckpointing.everywhere("none")
+    stage = StageModule(model, [LANGUAGE], precision="fp32", chunk_size=1024, gradient_checkpointing=nothing)
     stage.set_training_modes()
     batch = make_batch([user(image(1), "Which digit is it?"), assistant("5")])
     assert len({loss_of(stage, batch) for _ in range(3)}) == 1, "what is dropped of a new adapter is zero"

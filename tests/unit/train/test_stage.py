@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.tiny import Message, TinyCheckpoint, assistant, clip, image, user
 from theworld_train.batch import Batch
 from theworld_train.config.components import Component
+from theworld_train.config.schema import CheckpointingMode, GradientCheckpointing
 from theworld_train.model import TheWorld
 from theworld_train.model.components import TRAITS, component_parameters
+from theworld_train.train import recompute
 from theworld_train.train.freeze import Precision, exempt_parameters
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.stage import StageModule
@@ -85,17 +89,63 @@ def test_loss_is_that_of_the_models_own_forward(
     assert loss.item() / batch.num_supervised == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_checkpointing_changes_no_gradient(make_stage: Stage, make_batch: Batches, trainable: tuple[Component, ...]):
+def test_checkpointing_and_offload_change_no_gradient(
+    make_stage: Stage, make_batch: Batches, trainable: tuple[Component, ...], monkeypatch: pytest.MonkeyPatch
+):
     batch = make_batch(*BATCHES["images-and-clip"])
-    losses, gradients = [], []
-    for gradient_checkpointing in (False, True):
-        stage = make_stage(trainable, gradient_checkpointing=gradient_checkpointing)
+    monkeypatch.setattr(recompute, "SMALLEST_MOVED", 0)
+    table = GradientCheckpointing(language_model="selective", vision_tower="none")
+    cases = [("none", False), ("full", False), ("selective", False), ("full", True), ("selective", True), (table, True)]
+    losses, gradients, moved = [], [], 0
+    original = recompute.to_host
+
+    def to_host(tensor: torch.Tensor) -> recompute.OnHost:
+        nonlocal moved
+        moved += 1
+        return original(tensor)
+
+    monkeypatch.setattr(recompute, "to_host", to_host)
+    for mode, offload in cases:
+        before = moved
+        stage = make_stage(trainable, gradient_checkpointing=mode, activation_offload=offload)
         losses.append(backward(stage, batch))
         gradients.append({name: p.grad for name, p in stage.model.named_parameters() if p.requires_grad})
-    assert torch.equal(*losses)
-    for name, gradient in gradients[0].items():
-        assert gradient is not None
-        assert torch.equal(gradient, gradients[1][name]), name
+        assert (moved - before >= 4) is offload, "the inputs of four layers of language wait on the host"
+    for (mode, offload), loss, other in zip(cases, losses, gradients, strict=True):
+        assert torch.equal(loss, losses[0]), (mode, offload)
+        for name, gradient in gradients[0].items():
+            assert gradient is not None
+            assert torch.equal(gradient, other[name]), (mode, offload, name)
+
+
+def test_selective_checkpointing_computes_no_product_twice(make_stage: Stage, make_batch: Batches):
+    """Counts matrix products and attention in the backward pass: what a forward pass runs again adds to them."""
+    batch = make_batch(*BATCHES["images-and-clip"])
+    everything = list(Component)
+
+    def counted(mode: CheckpointingMode) -> tuple[int, int]:
+        stage = make_stage(everything, gradient_checkpointing=mode)
+        loss = stage(batch, stage.encode(batch), 1).loss_sum
+        with Counting() as counting:
+            loss.backward()
+        return counting.products, counting.others
+
+    none, full, selective = counted("none"), counted("full"), counted("selective")
+    assert none[0] == selective[0] < full[0]
+    assert none[1] < selective[1], "the rest is computed again"
+
+
+class Counting(TorchDispatchMode):
+    """Counts operators that `selective` keeps the outputs of, and others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.others = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func in recompute.KEPT
+        self.others += func not in recompute.KEPT
+        return func(*args, **(kwargs or {}))
 
 
 def test_predictions_are_never_world_tokens(make_stage: Stage, make_batch: Batches):
@@ -121,13 +171,13 @@ def test_predictions_are_never_world_tokens(make_stage: Stage, make_batch: Batch
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "gradient_checkpointing"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "gradient_checkpointing"), [("fp32", "none"), ("bf16", "full")])
 def test_gradient_reaches_all_that_trains_and_nothing_else(
     make_stage: Stage,
     make_batch: Batches,
     trainable: tuple[Component, ...],
     precision: Precision,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: CheckpointingMode,
 ):
     stage = make_stage(trainable, precision, gradient_checkpointing=gradient_checkpointing)
     backward(stage, make_batch(*BATCHES["images-and-clip"]))
@@ -150,14 +200,14 @@ def idle_prefixes(kind: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize(("precision", "gradient_checkpointing"), [("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(("precision", "gradient_checkpointing"), [("fp32", "none"), ("bf16", "full")])
 def test_idle_parts_have_gradients_of_zero_and_not_none(
     make_stage: Stage,
     make_batch: Batches,
     trainable: tuple[Component, ...],
     kind: str,
     precision: Precision,
-    gradient_checkpointing: bool,
+    gradient_checkpointing: CheckpointingMode,
 ):
     stage = make_stage(trainable, precision, gradient_checkpointing=gradient_checkpointing)
     backward(stage, make_batch(*BATCHES[kind]))
