@@ -133,6 +133,7 @@ def train(config: RunConfig, console: Console, predict: Predict | None = None) -
     with ExitStack() as held:
         with Runtime(config) as runtime:
             is_main = runtime.is_main
+            runtime.same_everywhere("runtime.strategy", config.runtime.strategy)
             with runtime.agreement():
                 inputs = open_inputs(config)
                 ledger = ledger_of(config)

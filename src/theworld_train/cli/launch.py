@@ -38,7 +38,16 @@ def launch(
     path, config = one_run_config("launch", paths, overrides)
     from theworld_train.launch import Topology, launch_command, run
 
-    command = launch_command(config, path, overrides, Topology(nproc, nnodes, node_rank, rdzv_endpoint), grace_s)
+    topology = Topology(nproc, nnodes, node_rank, rdzv_endpoint)
+    command = launch_command(config, path, overrides, topology, grace_s)  # what is wrong with it is told first
+    if config.runtime.strategy == "auto":
+        from theworld_train.cli.ranks import offline
+        from theworld_train.cli.strategy import resolve_strategy
+
+        offline()
+        resolved = resolve_strategy(config, nproc * nnodes)
+        overrides = [*overrides, f"runtime.strategy={resolved.runtime.strategy}"]
+        command = launch_command(resolved, path, overrides, topology, grace_s)
     if print_only:
         typer.echo(str(command))
     else:

@@ -257,7 +257,7 @@ class GradientCheckpointing(Section):
         renamed = {True: "; true is full now", False: "; false is none now"}
         raise ValueError(
             "expected none, full or selective, or a mapping of towers to them such as {vision_tower: none}"
-            + (renamed[value] if isinstance(value, bool) else f", got {value!r}")
+            + (renamed[value] if isinstance(value, bool) else f", got {'null' if value is None else repr(value)}")
         )
 
     @classmethod
@@ -342,12 +342,22 @@ class TrackingSection(Section):
     """Interval in optimizer steps."""
 
 
+Strategy = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
+#: Strategies that can offload each, by how much they divide.
+OFFLOADING: dict[str, tuple[Strategy, ...]] = {
+    "none": ("ddp", "zero1", "zero2", "fsdp2", "zero3"),
+    "optimizer": ("zero1", "zero2", "zero3"),
+    "all": ("fsdp2", "zero3"),
+}
+
+
 class RuntimeSection(Section):
     """The process group."""
 
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
+    strategy: Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "ddp"
     """What ranks divide among them: nothing (`ddp`), the optimizer state (`zero1`), gradients too (`zero2`), or weights
-    too (`zero3`, `fsdp2`). A single process holds everything, whatever is said here."""
+    too (`zero3`, `fsdp2`). `auto`: the first of them that fits by its plan, for `train` and `launch` to find. A single
+    process holds everything, whatever is said here."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in host memory between uses: the optimizer's state (ZeRO), or weights too (zero3, fsdp2)."""
     hybrid: bool = False
@@ -358,10 +368,8 @@ class RuntimeSection(Section):
 
     @model_validator(mode="after")
     def _check_strategy(self) -> RuntimeSection:
-        able = {"none": ("ddp", "zero1", "zero2", "zero3", "fsdp2"), "optimizer": ("zero1", "zero2", "zero3")}
-        able["all"] = ("zero3", "fsdp2")
-        if self.strategy not in able[self.offload]:
-            raise ValueError(f"offload: {self.offload} needs strategy {' or '.join(able[self.offload])}")
+        if self.strategy != "auto" and self.strategy not in OFFLOADING[self.offload]:
+            raise ValueError(f"offload: {self.offload} needs strategy {' or '.join(OFFLOADING[self.offload])}")
         if self.hybrid and self.strategy != "fsdp2":
             raise ValueError("hybrid sharding needs strategy fsdp2")
         return self
@@ -414,7 +422,7 @@ class RunConfig(Section):
     def _check_run(self) -> RunConfig:
         if not self.trainable:
             raise ValueError("the trainable table is empty: name at least one component, such as world_projector")
-        if self.optimizer.name == "adamw_8bit" and self.runtime.strategy != "ddp":
+        if self.optimizer.name == "adamw_8bit" and self.runtime.strategy not in ("ddp", "auto"):
             raise ValueError("optimizer.name adamw_8bit needs runtime.strategy ddp: its states cannot be sharded")
         if not self.model.world.enabled:
             of_world = [c.value for c in self.trainable if c in (Component.WORLD_ENCODER, Component.WORLD_PROJECTOR)]

@@ -127,6 +127,9 @@ class Runtime:
                 problem = Problem("has no effect on a single process", "config", "runtime.offload", hint=hint)
                 raise ConfigError(problem)
             return ReplicatedEngine(stage, make_optimizer)
+        if config.runtime.strategy == "auto":
+            hint = "name a strategy, or run it by `theworld-train train` or `launch`, which find one"
+            raise ConfigError(Problem("is not resolved", "config", "runtime.strategy", "auto", hint))
         if config.runtime.strategy == "ddp":
             return ReplicatedEngine(stage, make_optimizer, self.accelerator.prepare_model)
         if config.runtime.strategy == "fsdp2":

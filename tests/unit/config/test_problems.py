@@ -157,6 +157,26 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
             "expected one of adamw, adamw_8bit",
             "did you mean 'adamw_8bit'?",
         ),
+        (
+            "training: {gradient_checkpointing: true}",
+            "training.gradient_checkpointing",
+            "expected none, full or selective, or a mapping of towers to them such as {vision_tower: none}; "
+            "true is full now",
+            None,
+        ),
+        (
+            "training: {gradient_checkpointing: {vision_tower: some}}",
+            "training.gradient_checkpointing.vision_tower",
+            "expected one of none, full, selective",
+            None,
+        ),
+        (
+            "training: {activation_offload: true, gradient_checkpointing: none}",
+            None,
+            "training.activation_offload moves what checkpointed layers start from, and "
+            "training.gradient_checkpointing is none for all towers that a gradient passes",
+            None,
+        ),
         ("training: {epochs: 1}", "training", "exactly one of max_steps and epochs must be set", None),
     ],
 )

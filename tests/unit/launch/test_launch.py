@@ -101,7 +101,9 @@ def test_print_writes_a_line_for_a_shell(call):
     words = shlex.split(out)
     assert words[0] == "env"
     assert words[words.index("torchrun") + 1 :] == list(
-        launch_command(load_run_config(CONFIG), CONFIG, ["output_dir=/tmp/a run"], Topology(2)).arguments
+        launch_command(
+            load_run_config(CONFIG), CONFIG, ["output_dir=/tmp/a run", "runtime.strategy=ddp"], Topology(2)
+        ).arguments
     )
 
 
