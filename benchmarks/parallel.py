@@ -1,0 +1,338 @@
+"""Times a step and measures its memory under every strategy, on one process and on several, and prices the exchanges.
+
+    python benchmarks/parallel.py [--processes 2] [--steps 8]
+
+All rows take the same global batch of the same random model. Each row is a launch of its own; on a CPU every process
+computes with one thread. Prints tables, and writes a record with hardware and versions into benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from theworld_train.config.schema import RunConfig
+    from theworld_train.model.configuration import TheWorldConfig
+
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp2", "zero3")
+RESULTS = Path(__file__).with_name("results")
+MIB = 2**20
+#: Steps before the ones that are measured: they make the optimizer's state and DeepSpeed's trace.
+WARMUP_STEPS = 2
+REPEATS = 5
+#: Payloads of collectives in bytes, besides that of all gradients.
+PAYLOADS = (MIB, 16 * MIB, 64 * MIB)
+GLOBAL_BATCH, POSITIONS, RESOLUTION = 4, 256, 64
+
+_TEXT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 4} | {
+    "num_key_value_heads": 2,
+    "head_dim": 96,
+    "vocab_size": 16_064,
+    "sliding_window": 128,
+}
+_VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4} | {
+    "model_type": "siglip_vision_model",
+    "image_size": 112,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_TOKENS = {"mm_tokens_per_image": 16, "boi_token_index": 15_998, "eoi_token_index": 15_999, "image_token_index": 16_000}
+_EVERYTHING = ("world_projector", "vision_tower", "multi_modal_projector", "language_model", "world_encoder")
+#: glibc keeps freed blocks of up to 32 MiB in a heap that fragments; with this it returns them.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "TOKENIZERS_PARALLELISM": "false"}
+
+
+# -- one launch -------------------------------------------------------------------------------------------------------
+
+
+def describe(strategy: str) -> tuple[RunConfig, TheWorldConfig]:
+    """Returns the run config and the architecture that every row takes."""
+    from theworld_train.config import parse_run_config
+    from theworld_train.model.configuration import TheWorldConfig
+    from theworld_train.model.world_encoder import vae_config
+
+    config = parse_run_config(
+        {
+            "name": "parallel",
+            "output_dir": "unused",
+            "model": {"world": {"resolution": RESOLUTION}},
+            "trainable": {component: {} for component in _EVERYTHING},
+            "data": {
+                "train": {"source": "moving_digits", "split": "train", "samples": 8, "frames": 1},
+                "max_sequence_length": POSITIONS,
+            },
+            "training": {"max_steps": 1, "global_batch_size": GLOBAL_BATCH, "micro_batch_size": 1},
+            "runtime": {"strategy": strategy},
+        }
+    )
+    architecture = TheWorldConfig(
+        text_config=_TEXT,
+        vision_config=_VISION,
+        world_encoder_config=vae_config({"base_dim": 16}),
+        world_resolution=RESOLUTION,
+        **_TOKENS,
+    )
+    architecture._attn_implementation = "sdpa"
+    return config, architecture
+
+
+def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
+    """Takes steps on this rank; returns the median time of one and this rank's most memory."""
+    import torch
+
+    from theworld_train.assemble.model import build_stage, move
+    from theworld_train.data import Window
+    from theworld_train.model.build import build_on_meta
+    from theworld_train.plan.dry_run import materialise, sample_shape, synthetic_batch
+    from theworld_train.train.freeze import apply_trainable
+    from theworld_train.train.groups import build_optimizer
+    from theworld_train.train.ledger import build_ledger, trainable_components
+    from theworld_train.train.runtime import Runtime
+    from theworld_train.train.trainer import Trainer
+
+    if strategy.startswith("zero"):
+        import deepspeed  # noqa: F401 (its own memory is none of the step's)
+    config, architecture = describe(strategy)
+    with Runtime(config) as runtime:
+        before = _reset_high_water()
+        torch.manual_seed(0)
+        model = build_on_meta(architecture)
+        materialise(model, torch.bfloat16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02)
+        apply_trainable(model, trainable_components(config), config.precision)
+        ledger = build_ledger(model, config)
+        stage = build_stage(model, config)
+        move(model, runtime.device)
+        engine = runtime.engine(stage, lambda: build_optimizer(model, config), config)
+        trainer = Trainer(
+            config=config,
+            ledger=ledger,
+            runtime=runtime,
+            stage=stage,
+            engine=engine,
+            max_steps=WARMUP_STEPS + steps,
+            first_step=0,
+            windows=lambda _start, _number: (_ for _ in ()),
+            held_out=None,
+            save=None,
+            metrics=None,
+            progress=None,
+        )
+        stage.set_training_modes()
+        batch = synthetic_batch(architecture, sample_shape(config, architecture), 1)
+        batches = (batch,) * (GLOBAL_BATCH // runtime.world_size)
+        times = []
+        for step in range(WARMUP_STEPS + steps):
+            if step == WARMUP_STEPS:
+                runtime.reset_memory_peak()
+            started = time.perf_counter()
+            trainer.step(Window(step, batches, ()))
+            times.append(time.perf_counter() - started)
+        peak = runtime.memory_peak() if runtime.device.type == "cuda" else _status("VmHWM") - before
+        return {
+            "step_s": statistics.median(times[WARMUP_STEPS:]),
+            "fastest_s": min(times[WARMUP_STEPS:]),
+            "peak_bytes": max(int(rank) for (rank,) in runtime.exchange([peak])),
+            "parameters": ledger.total,
+            "device": runtime.device_name,
+        }
+
+
+def measure_collectives(payloads: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Times each kind of collective over whole tensors of several sizes, in fp32."""
+    import torch
+    import torch.distributed as dist
+
+    from theworld_train.train.runtime import Runtime
+
+    config, _ = describe("ddp")
+    rows: list[dict[str, Any]] = []
+    with Runtime(config) as runtime:
+        for payload in payloads:
+            ranks = runtime.world_size
+            part = torch.ones(payload // 4 // ranks, device=runtime.device)
+            whole = torch.ones(len(part) * ranks, device=runtime.device)
+            parts = list(whole.chunk(ranks))
+            kinds: dict[str, Callable[[], object]] = {
+                "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+                "all_gather": lambda parts=parts, part=part: dist.all_gather(parts, part),
+                "reduce_scatter": lambda parts=parts, part=part: dist.reduce_scatter(part, parts),
+            }
+            for name, run in kinds.items():
+                rows.append({"operation": name, "payload": payload, "seconds": _timed(run, whole)})
+    return rows
+
+
+def _timed(run: Callable[[], object], tensor: Tensor) -> float:
+    import torch
+
+    times = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        run()
+        if tensor.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def _reset_high_water() -> int:
+    """Resets the process's high-water mark and returns the bytes that it now holds."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def launch(processes: int, *arguments: str) -> Any:  # noqa: ANN401 (what the launch writes)
+    """Runs this file on several ranks and returns what the first of them has written."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "out.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        result = subprocess.run(
+            [*command, __file__, "--output", str(output), *arguments],
+            env=os.environ | _ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            sys.exit(result.stderr)
+        return json.loads(output.read_text())
+
+
+def exchange_seconds(strategy: str, processes: int, parameters: int, priced: dict[str, float]) -> float:
+    """Returns the time that a step's exchanges take by themselves: bytes by formula, times what a byte was measured at.
+
+    Args:
+        strategy: Of the run.
+        processes: Ranks.
+        parameters: All of which train.
+        priced: Seconds for a byte of payload, by operation.
+    """
+    from theworld_train.accounting.collectives import Exchanged, collectives
+
+    units = _TEXT["num_hidden_layers"] + _VISION["num_hidden_layers"] + 2
+    gathered = 4 if strategy == "zero3" else 2
+    exchanges = collectives(strategy, Exchanged(parameters, 0, units, gathered), GLOBAL_BATCH // processes)
+    return sum(exchange.payload * priced[exchange.operation] for exchange in exchanges)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--output", help="Used by the launches of this file itself.")
+    parser.add_argument("--strategy")
+    parser.add_argument("--payloads")
+    options = parser.parse_args()
+    if options.output:
+        payloads = tuple(map(int, (options.payloads or "").split(","))) if options.payloads else ()
+        result = measure_collectives(payloads) if payloads else measure_steps(options.strategy, options.steps)
+        if os.environ["RANK"] == "0":
+            Path(options.output).write_text(json.dumps(result))
+        return
+    record = measure_all(options.processes, options.steps)
+    print("\n".join(tables(record)))
+    RESULTS.mkdir(exist_ok=True)
+    kind = "cpu" if record["hardware"]["device"] == "cpu" else record["hardware"]["device"].lower().replace(" ", "-")
+    path = RESULTS / f"parallel-{kind}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def measure_all(processes: int, steps: int) -> dict[str, Any]:
+    """Measures every row and returns the record."""
+    rows = []
+    for count, strategy in [(1, "ddp"), *((processes, strategy) for strategy in STRATEGIES)]:
+        measured = launch(count, "--strategy", strategy, "--steps", str(steps))
+        rows.append({"strategy": strategy, "processes": count, **measured})
+        print(f"{strategy} on {count}: {measured['step_s']:.3f} s", file=sys.stderr)
+    parameters = rows[0]["parameters"]
+    payloads = (*PAYLOADS, 4 * parameters)
+    collectives = launch(processes, "--payloads", ",".join(map(str, payloads)))
+    largest = {
+        row["operation"]: row["seconds"] / row["payload"] for row in collectives if row["payload"] == payloads[-1]
+    }
+    for row in rows[1:]:
+        row["exchange_s"] = exchange_seconds(row["strategy"], processes, parameters, largest)
+    return {
+        "command": f"python benchmarks/parallel.py --processes {processes} --steps {steps}",
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware(rows[0]["device"]),
+        "versions": {name: version(name) for name in ("torch", "accelerate", "deepspeed", "transformers")}
+        | {"python": platform.python_version()},
+        "step": {
+            "parameters": parameters,
+            "global_batch": GLOBAL_BATCH,
+            "positions": POSITIONS,
+            "measured_steps": steps,
+        },
+        "strategies": rows,
+        "collectives": collectives,
+    }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """Returns what the numbers were measured on."""
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "device": device,
+        "cpu": names[0] if names else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory": memory,
+    }
+
+
+def tables(record: dict[str, Any]) -> list[str]:
+    """Renders a record as tables in Markdown."""
+    one = record["strategies"][0]
+    lines = [
+        "| strategy | processes | step (s) | to one process | peak of a rank (MiB) | to one process | exchanges (s) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["strategies"]:
+        exchange = f"{row['exchange_s']:.3f} ({row['exchange_s'] / row['step_s']:.0%})" if "exchange_s" in row else ""
+        lines.append(
+            f"| `{row['strategy']}` | {row['processes']} | {row['step_s']:.3f} | x{row['step_s'] / one['step_s']:.2f} "
+            f"| {row['peak_bytes'] / MIB:,.0f} | x{row['peak_bytes'] / one['peak_bytes']:.2f} | {exchange} |"
+        )
+    step = next(row["step_s"] for row in record["strategies"][1:] if row["strategy"] == "ddp")
+    lines += ["", "| collective | payload (MiB) | time (ms) | GB/s | share of a `ddp` step |", "|---|---|---|---|---|"]
+    for row in record["collectives"]:
+        lines.append(
+            f"| {row['operation']} | {row['payload'] / MIB:,.0f} | {row['seconds'] * 1e3:.1f} "
+            f"| {row['payload'] / row['seconds'] / 1e9:.2f} | {row['seconds'] / step:.1%} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
