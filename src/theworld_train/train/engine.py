@@ -147,7 +147,9 @@ class ShardedEngine:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # The world encoder computes in the precision in which it is stored.
         stored = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        offload = CPUOffloadPolicy() if config.runtime.offload == "all" else OffloadPolicy()
+        offload = OffloadPolicy()
+        if config.runtime.offload == "all":
+            offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
         for unit in wrap_units(stage):
             own = stored if isinstance(unit, WorldEncoder) else policy
             fully_shard(unit, mesh=mesh, mp_policy=own, offload_policy=offload)
