@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint
+from tests.numerics.worker_ddp import LABELLED, UNLABELLED, supervising
 from theworld_train.assemble import run
 from theworld_train.assemble.model import load_model
 from theworld_train.config import dump_config, parse_run_config
@@ -37,6 +38,14 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 #: How each stage is checkpointed on two ranks; on one, nothing is.
 CHECKPOINTING = {"projection": "selective", "vision": "full", "language": "full", "full": "none"}
+#: What each strategy can keep in host memory.
+OFFLOADING = {
+    "ddp": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
+    "fsdp2": ("all",),
+}
 STEPS, GLOBAL_BATCH, SEED = 20, 8, 4
 TOLERANCE = 1e-6
 
@@ -215,7 +224,12 @@ def launch(directory: Path, configs: dict[str, RunConfig]) -> None:
     ],
 )
 def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
-    strategy: str, configure: Configure, whole: Callable[[str], Path], rounded: Path, tmp_path: Path
+    strategy: str,
+    configure: Configure,
+    whole: Callable[[str], Path],
+    rounded: Path,
+    unlabelled: Path,
+    tmp_path: Path,
 ):
     """One test, since most of its time goes into starting the ranks."""
     runtime = {"runtime": {"strategy": strategy}}
@@ -225,7 +239,7 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
             stage,
             tmp_path / stage,
             4 if stage == "vision" else 2,
-            training={**TRAINING, "gradient_checkpointing": CHECKPOINTING[stage]},
+            training={**TRAINING, "gradient_checkpointing": checkpointing_of(stage, strategy)},
             **runtime,
         )
         for stage in STAGES
@@ -246,6 +260,14 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         configs["dropped straight"] = short("dropped-straight", 4, trainable=adapter)
         configs["first half dropped"] = short("dropped", 2, trainable=adapter)
         configs["dropped"] = short("dropped", 4, trainable=adapter)
+    for offload in OFFLOADING[strategy]:
+        configs[f"{offload} offloaded"] = short(
+            f"offloaded-{offload}", 6, runtime={"strategy": strategy, "offload": offload}
+        )
+    if strategy == "fsdp2":
+        configs["hybrid"] = short("hybrid", 6, runtime={"strategy": strategy, "hybrid": True})
+    one = {"training": {**TRAINING, "max_steps": 6}, "schedule": {"kind": "constant"}}
+    configs[UNLABELLED] = configure("full", tmp_path / UNLABELLED, 1, name=UNLABELLED, **one | runtime)
     still = {"lr": 1e-30, "weight_decay": 0.0}
     configs["still"] = short("still", 1, precision="bf16", optimizer=still, init_from=str(tmp_path / "straight"))
     launch(tmp_path, configs)
@@ -258,9 +280,14 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
     assert_resumed(tmp_path / "straight", tmp_path / "halves")
     if strategy == "ddp":
         assert_dropped(tmp_path / "dropped-straight", tmp_path / "dropped")
-    for key in ("train/loss", "train/grad_norm"):
-        crossed = difference(rows(tmp_path / "straight"), rows(tmp_path / "crossed"), key)
-        assert crossed <= 2 * TOLERANCE, f"{key} of a run that has changed its strategy is off by {crossed}"
+    same = {"crossed": "straight", UNLABELLED: UNLABELLED}
+    same |= {f"offloaded-{offload}": "straight" for offload in OFFLOADING[strategy]}
+    same |= {"hybrid": "straight"} if strategy == "fsdp2" else {}
+    for name, other in same.items():
+        expected = rows(unlabelled if other == UNLABELLED else tmp_path / other)
+        for key in ("train/loss", "train/grad_norm"):
+            off = difference(expected, rows(tmp_path / name), key)
+            assert off <= 2 * TOLERANCE, f"{key} of the run {name!r} is off by {off}"
     bf16 = {
         key: difference(rows(rounded), rows(tmp_path / "rounded"), key) for key in ("train/loss", "train/grad_norm")
     }
@@ -271,6 +298,25 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         name = f"{component}.safetensors"
         masters = (tmp_path / "straight" / "step-6" / name).read_bytes()
         assert masters == (tmp_path / "still" / "step-1" / name).read_bytes(), f"masters of {component} were rounded"
+
+
+@pytest.fixture(scope="module")
+def unlabelled(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run on one process that learns from images alone, so that ranks have steps without labels."""
+    directory = tmp_path_factory.mktemp(UNLABELLED)
+    config = configure(
+        "full", directory, 8, training={**TRAINING, "max_steps": 6}, schedule={"kind": "constant"}, name=UNLABELLED
+    )
+    order, source = TrainingOrder(48, SEED, GLOBAL_BATCH), open_source(config.data.train)
+    labelled = [
+        any(source[order.index(p)].kind in LABELLED for part in order.micro_batches(step, rank, 2, 1) for p in part)
+        for step in range(6)
+        for rank in range(2)
+    ]
+    assert not all(labelled), "no rank is ever without labels"
+    with supervising(LABELLED):
+        train(config)
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +339,12 @@ def assert_same_weights(config: RunConfig, first: Path, second: Path) -> None:
             if not name.endswith(("k_proj.bias", "to_qkv.bias")):
                 update = (value - start[f"{COMPONENT_PATHS[component]}.{name}"].detach()).norm()
                 assert (actual[name] - value).norm() <= 1e-2 * update, f"{component}.{name}"
+
+
+def checkpointing_of(stage: str, strategy: str) -> str:
+    """Returns how a stage is checkpointed on two ranks."""
+    mode = CHECKPOINTING[stage]
+    return "full" if (mode, strategy) == ("selective", "zero3") else mode
 
 
 def assert_resumed(straight: Path, resumed: Path) -> None:

@@ -10,8 +10,36 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Collection, Generator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
+#: Name of runs in which only samples of some kinds have labels.
+UNLABELLED = "unlabelled"
+LABELLED = ("image", "two images")
+
+
+@contextmanager
+def supervising(kinds: Collection[str]) -> Generator[None]:
+    """Lets no sample but those of some kinds have labels, as no data could be written that had none."""
+    from theworld_train.data import Collator
+
+    original = Collator.collate
+
+    def collate(self: Any, pairs: Any) -> Any:
+        shown = [
+            (sample, encoded if sample.kind in kinds else replace(encoded, supervised=encoded.supervised & False))
+            for sample, encoded in pairs
+        ]
+        return original(self, shown)
+
+    Collator.collate = collate  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Collator.collate = original  # type: ignore[method-assign]
 
 
 def die_with_the_launcher() -> None:
@@ -34,7 +62,8 @@ def main() -> None:
     Runtime.close = Runtime.abort = lambda runtime: None  # type: ignore[method-assign]
     configs = [load_run_config(path) for path in sys.argv[1:]]
     for config in configs:
-        train(config, Console(file=io.StringIO()))
+        with supervising(LABELLED) if config.name == UNLABELLED else nullcontext():
+            train(config, Console(file=io.StringIO()))
     runtime = Runtime(configs[-1])
     assert runtime.world_size == int(os.environ["WORLD_SIZE"])
     check_timeouts(configs[-1].runtime.timeout_s)

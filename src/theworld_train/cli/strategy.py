@@ -52,11 +52,13 @@ def strategies_of(config: RunConfig) -> tuple[Strategy, ...]:
     able = OFFLOADING[config.runtime.offload]
     if config.optimizer.name == "adamw_8bit":
         able = tuple(name for name in able if name == "ddp")
+    if "selective" in config.training.gradient_checkpointing.by_component.values():
+        able = tuple(name for name in able if name != "zero3")
     if find_spec("deepspeed") is None:
         able = tuple(name for name in able if not name.startswith("zero"))
     if not able:
         hint = 'for ZeRO: pip install "theworld-train[deepspeed]"'
-        message = f"no strategy that is installed does offload: {config.runtime.offload} with {config.optimizer.name}"
+        message = f"no strategy that is installed can run this with offload: {config.runtime.offload}"
         raise ConfigError(Problem(message, key="runtime.strategy", value="auto", hint=hint))
     return able
 

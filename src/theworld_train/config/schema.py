@@ -445,8 +445,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_activation_offload(self) -> RunConfig:
+    def _check_checkpointing(self) -> RunConfig:
         modes = self.training.gradient_checkpointing.by_component
+        if self.runtime.strategy == "zero3" and "selective" in modes.values():
+            raise ValueError(
+                "gradient_checkpointing: selective needs another strategy than zero3, which gathers weights inside of "
+                "the layers that are computed again; fsdp2 shards as much"
+            )
         passed = {Component.LANGUAGE_MODEL, *self.trainable}
         if self.training.activation_offload and all(modes[tower] == "none" for tower in modes if tower in passed):
             raise ValueError(

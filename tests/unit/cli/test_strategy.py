@@ -60,12 +60,15 @@ def test_on_gpus_the_plan_decides_among_those_that_can_run_it(asked: list[Any], 
     assert resolved(auto(), 8) == "zero3"
     assert resolved(auto(optimizer={"name": "adamw_8bit"}), 8) == "ddp"
     assert resolved(auto(runtime={"offload": "all"}), 8) == "zero3"
+    training = run_config().training.model_dump(mode="json") | {"gradient_checkpointing": "selective"}
+    assert resolved(auto(training=training), 8) == "fsdp2"
     monkeypatch.setattr(util, "find_spec", lambda _name: None)
     assert resolved(auto(), 8) == "fsdp2", "ZeRO needs DeepSpeed"
     assert asked == [
         (("ddp", "zero1", "zero2", "fsdp2", "zero3"), 8, 24 * GIB),
         (("ddp",), 8, 24 * GIB),
         (("fsdp2", "zero3"), 8, 24 * GIB),
+        (("ddp", "zero1", "zero2", "fsdp2"), 8, 24 * GIB),
         (("ddp", "fsdp2"), 8, 24 * GIB),
     ]
     with pytest.raises(ConfigError, match="no strategy that is installed"):

@@ -177,6 +177,13 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
             "training.gradient_checkpointing is none for all towers that a gradient passes",
             None,
         ),
+        (
+            "training: {gradient_checkpointing: selective}\nruntime: {strategy: zero3}",
+            None,
+            "gradient_checkpointing: selective needs another strategy than zero3, which gathers weights inside of the "
+            "layers that are computed again; fsdp2 shards as much",
+            None,
+        ),
         ("training: {epochs: 1}", "training", "exactly one of max_steps and epochs must be set", None),
     ],
 )
