@@ -19,7 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint
-from tests.numerics.worker_ddp import LABELLED, UNLABELLED, supervising
+from tests.numerics.worker_ddp import LABELLED, NODES, UNLABELLED, supervising
 from theworld_train.assemble import run
 from theworld_train.assemble.model import load_model
 from theworld_train.config import dump_config, parse_run_config
@@ -196,14 +196,14 @@ def test_chunks_of_the_loss_and_checkpointing_change_nothing_either(
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
-def launch(directory: Path, configs: dict[str, RunConfig]) -> None:
-    """Runs all configs on two ranks of one process group."""
+def launch(directory: Path, configs: dict[str, RunConfig], *, ranks: int = 2, nodes: int = 1) -> None:
+    """Runs all configs on the ranks of one process group, which take themselves for those of several nodes."""
     for name, config in configs.items():
         (directory / f"{name}.yaml").write_text(dump_config(config))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     worker = str(Path(__file__).with_name("worker_ddp.py"))
     paths = [str(directory / f"{name}.yaml") for name in configs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), NODES: str(nodes)}
     result = subprocess.run(
         [*command, worker, *paths], env=environment, capture_output=True, text=True, timeout=400, check=False
     )
@@ -264,8 +264,6 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         configs[f"{offload} offloaded"] = short(
             f"offloaded-{offload}", 6, runtime={"strategy": strategy, "offload": offload}
         )
-    if strategy == "fsdp2":
-        configs["hybrid"] = short("hybrid", 6, runtime={"strategy": strategy, "hybrid": True})
     one = {"training": {**TRAINING, "max_steps": 6}, "schedule": {"kind": "constant"}}
     configs[UNLABELLED] = configure("full", tmp_path / UNLABELLED, 1, name=UNLABELLED, **one | runtime)
     still = {"lr": 1e-30, "weight_decay": 0.0}
@@ -282,7 +280,6 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         assert_dropped(tmp_path / "dropped-straight", tmp_path / "dropped")
     same = {"crossed": "straight", UNLABELLED: UNLABELLED}
     same |= {f"offloaded-{offload}": "straight" for offload in OFFLOADING[strategy]}
-    same |= {"hybrid": "straight"} if strategy == "fsdp2" else {}
     for name, other in same.items():
         expected = rows(unlabelled if other == UNLABELLED else tmp_path / other)
         for key in ("train/loss", "train/grad_norm"):
@@ -300,9 +297,20 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         assert masters == (tmp_path / "still" / "step-1" / name).read_bytes(), f"masters of {component} were rounded"
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sharding_within_two_nodes_of_two_equals_one_process(
+    configure: Configure, whole: Callable[[str], Path], tmp_path: Path
+):
+    """Weights are sharded over two ranks and replicated over two pairs of them."""
+    runtime = {"strategy": "fsdp2", "hybrid": True}
+    launch(tmp_path, {"hybrid": configure("full", tmp_path / "hybrid", 1, runtime=runtime)}, ranks=4, nodes=2)
+    assert_same_training(whole("full"), tmp_path / "hybrid", 2 * TOLERANCE)
+
+
 @pytest.fixture(scope="module")
 def unlabelled(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run on one process that learns from images alone, so that ranks have steps without labels."""
+    """The directory of a run on one process that learns from clips alone, so that ranks have steps without labels."""
     directory = tmp_path_factory.mktemp(UNLABELLED)
     config = configure(
         "full", directory, 8, training={**TRAINING, "max_steps": 6}, schedule={"kind": "constant"}, name=UNLABELLED

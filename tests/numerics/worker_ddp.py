@@ -16,9 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+#: Variable that says how many nodes the ranks are to take themselves for.
+NODES = "TEST_NODES"
 #: Name of runs in which only samples of some kinds have labels.
 UNLABELLED = "unlabelled"
-LABELLED = ("image", "two images")
+LABELLED = ("clip",)
 
 
 @contextmanager
@@ -51,6 +53,7 @@ def die_with_the_launcher() -> None:
 def main() -> None:
     die_with_the_launcher()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(os.environ.get(NODES, "1")))
     from rich.console import Console
 
     from theworld_train.assemble.run import train
