@@ -14,8 +14,8 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 #: Bytes of a gradient and of a master weight: both are fp32 under every strategy.
 _FP32 = 4
-#: Bytes of a DDP bucket and of a ZeRO bucket (defaults of PyTorch and, in elements of fp32, of DeepSpeed).
-_DDP_BUCKET, _ZERO_BUCKET = 25 * 2**20, 500_000_000 * _FP32
+#: Bytes of a DDP bucket (PyTorch's default) and of a ZeRO bucket (200 million elements of fp32, as the engine sets it).
+_DDP_BUCKET, _ZERO_BUCKET = 25 * 2**20, 200_000_000 * _FP32
 
 
 class Collective(NamedTuple):

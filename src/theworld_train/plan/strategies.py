@@ -10,6 +10,7 @@ from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.plan.dry_run import DryRun, PlannedParameter
 from theworld_train.plan.timeline import Span, Timeline, spans
 from theworld_train.plan.tracker import OPTIMIZER, Allocation, Category
+from theworld_train.train.engine import REDUCE_BUCKET
 from theworld_train.train.groups import state_bytes
 
 StrategyName = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
@@ -18,8 +19,6 @@ OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 
 #: Bytes of fp32, in which gradients are reduced.
 _FP32 = 4
-#: Elements that DeepSpeed collects before it reduces gradients (`reduce_bucket_size`, its default).
-_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def _replicated(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, a
     if not shares_gradients and trained:
         yield Span(trained * _stored_size(run), "gradients", OPTIMIZER, 0, last)
     if shares_state and trained:
-        yield Span(min(trained, _BUCKET) * _stored_size(run), "temporaries", OPTIMIZER, 0, last)
+        yield Span(min(trained, REDUCE_BUCKET) * _stored_size(run), "temporaries", OPTIMIZER, 0, last)
         if not on_host:
             yield Span(_share(trained * _FP32, ranks), "masters", OPTIMIZER, 0, last)
 
@@ -170,7 +169,7 @@ def _gathered(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, acc
     yield from _Passes(run, ranks, offload, accumulates).spans()
     trained = sum(parameter.numel for parameter in sharded if parameter.trains)
     if strategy.name == "zero3" and trained:
-        yield Span(min(trained, _BUCKET) * _FP32, "temporaries", OPTIMIZER, 0, last)
+        yield Span(min(trained, REDUCE_BUCKET) * _FP32, "temporaries", OPTIMIZER, 0, last)
 
 
 class _Passes:
