@@ -1,6 +1,6 @@
 """Times a step and measures its memory under every strategy, on one process and on several, and prices the exchanges.
 
-    python benchmarks/parallel.py [--processes 2] [--steps 8]
+    python benchmarks/parallel.py [--processes 2] [--steps 5]
 
 All rows take the same global batch of the same random model. Each row is a launch of its own; on a CPU every process
 computes with one thread. Prints tables, and writes a record with hardware and versions into benchmarks/results/.
@@ -245,7 +245,7 @@ def exchange_seconds(strategy: str, processes: int, parameters: int, priced: dic
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", help="Used by the launches of this file itself.")
     parser.add_argument("--strategy")
     parser.add_argument("--payloads")
