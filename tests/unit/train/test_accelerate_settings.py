@@ -200,7 +200,7 @@ def test_deepspeed_config_that_cannot_be_read(text: str | None, export: Export, 
             {"fsdp_activation_checkpointing": True},
             {"training": {"gradient_checkpointing": "none"}},
             "FSDP_ACTIVATION_CHECKPOINTING",
-            ("'true'", "False"),
+            ("'true'", "'none'"),
         ),
     ],
 )
