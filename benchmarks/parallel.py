@@ -12,16 +12,16 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from measuring import RETURNING_MEMORY, table, write_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from theworld_train.config.schema import RunConfig
     from theworld_train.model.configuration import TheWorldConfig
 
+STEP_HEADER = ("strategy", "processes", "step (s)", "ratio", "peak of a rank (MiB)", "ratio", "exchanges alone (s)")
+COLLECTIVE_HEADER = ("collective", "payload (MiB)", "time (ms)", "GB/s", "share of a `ddp` step")
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp2", "zero3")
-RESULTS = Path(__file__).with_name("results")
 MIB = 2**20
 #: Steps before the ones that are measured: they make the optimizer's state and DeepSpeed's trace.
 WARMUP_STEPS = 2
@@ -53,8 +54,7 @@ _VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
 }
 _TOKENS = {"mm_tokens_per_image": 16, "boi_token_index": 15_998, "eoi_token_index": 15_999, "image_token_index": 16_000}
 _EVERYTHING = ("world_projector", "vision_tower", "multi_modal_projector", "language_model", "world_encoder")
-#: glibc keeps freed blocks of up to 32 MiB in a heap that fragments; with this it returns them.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "TOKENIZERS_PARALLELISM": "false"}
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | RETURNING_MEMORY
 
 
 # -- one launch -------------------------------------------------------------------------------------------------------
@@ -109,7 +109,9 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
         import deepspeed  # noqa: F401 (its own memory is none of the step's)
     config, architecture = describe(strategy)
     with Runtime(config) as runtime:
-        before = _reset_high_water()
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        before = _status("VmRSS")
         torch.manual_seed(0)
         model = build_on_meta(architecture)
         materialise(model, torch.bfloat16)
@@ -193,13 +195,6 @@ def _timed(run: Callable[[], object], tensor: Tensor) -> float:
     return statistics.median(times[1:])
 
 
-def _reset_high_water() -> int:
-    """Resets the process's high-water mark and returns the bytes that it now holds."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
 def _status(key: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
     return int(line.split()[1]) * 1024
@@ -256,82 +251,52 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             Path(options.output).write_text(json.dumps(result))
         return
-    record = measure_all(options.processes, options.steps)
-    print("\n".join(tables(record)))
-    RESULTS.mkdir(exist_ok=True)
-    kind = "cpu" if record["hardware"]["device"] == "cpu" else record["hardware"]["device"].lower().replace(" ", "-")
-    path = RESULTS / f"parallel-{kind}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    steps, collectives = measure_all(options.processes, options.steps)
+    one, ddp = steps[0], next(row for row in steps[1:] if row["strategy"] == "ddp")
+    print(table(STEP_HEADER, [step_cells(row, one) for row in steps]), "\n")
+    print(table(COLLECTIVE_HEADER, [collective_cells(row, ddp["step_s"]) for row in collectives]), "\n")
+    shape = {"global_batch": GLOBAL_BATCH, "positions": POSITIONS, "measured_steps": options.steps}
+    command = f"python benchmarks/parallel.py --processes {options.processes} --steps {options.steps}"
+    print("written to", write_record("parallel", command, shape=shape, steps=steps, collectives=collectives))
 
 
-def measure_all(processes: int, steps: int) -> dict[str, Any]:
-    """Measures every row and returns the record."""
+def measure_all(processes: int, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measures every row: steps by strategy, the one of a single process first, and collectives."""
     rows = []
     for count, strategy in [(1, "ddp"), *((processes, strategy) for strategy in STRATEGIES)]:
-        measured = launch(count, "--strategy", strategy, "--steps", str(steps))
-        rows.append({"strategy": strategy, "processes": count, **measured})
-        print(f"{strategy} on {count}: {measured['step_s']:.3f} s", file=sys.stderr)
+        rows.append({"strategy": strategy, "processes": count})
+        rows[-1] |= launch(count, "--strategy", strategy, "--steps", str(steps))
+        print(f"{strategy} on {count}: {rows[-1]['step_s']:.3f} s", file=sys.stderr)
     parameters = rows[0]["parameters"]
     payloads = (*PAYLOADS, 4 * parameters)
     collectives = launch(processes, "--payloads", ",".join(map(str, payloads)))
-    largest = {
+    priced = {
         row["operation"]: row["seconds"] / row["payload"] for row in collectives if row["payload"] == payloads[-1]
     }
     for row in rows[1:]:
-        row["exchange_s"] = exchange_seconds(row["strategy"], processes, parameters, largest)
-    return {
-        "command": f"python benchmarks/parallel.py --processes {processes} --steps {steps}",
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware(rows[0]["device"]),
-        "versions": {name: version(name) for name in ("torch", "accelerate", "deepspeed", "transformers")}
-        | {"python": platform.python_version()},
-        "step": {
-            "parameters": parameters,
-            "global_batch": GLOBAL_BATCH,
-            "positions": POSITIONS,
-            "measured_steps": steps,
-        },
-        "strategies": rows,
-        "collectives": collectives,
-    }
+        row["exchange_s"] = exchange_seconds(row["strategy"], processes, parameters, priced)
+    return rows, collectives
 
 
-def hardware(device: str) -> dict[str, Any]:
-    """Returns what the numbers were measured on."""
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+def step_cells(row: dict[str, Any], one: dict[str, Any]) -> list[str]:
+    """Renders a strategy's row, in ratios to that of one process."""
+    exchange = f"{row['exchange_s']:.3f} ({row['exchange_s'] / row['step_s']:.0%})" if "exchange_s" in row else ""
+    return [
+        f"`{row['strategy']}`",
+        str(row["processes"]),
+        f"{row['step_s']:.3f}",
+        f"x{row['step_s'] / one['step_s']:.2f}",
+        f"{row['peak_bytes'] / MIB:,.0f}",
+        f"x{row['peak_bytes'] / one['peak_bytes']:.2f}",
+        exchange,
     ]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "device": device,
-        "cpu": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "memory": memory,
-    }
 
 
-def tables(record: dict[str, Any]) -> list[str]:
-    """Renders a record as tables in Markdown."""
-    one = record["strategies"][0]
-    lines = [
-        "| strategy | processes | step (s) | to one process | peak of a rank (MiB) | to one process | exchanges (s) |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in record["strategies"]:
-        exchange = f"{row['exchange_s']:.3f} ({row['exchange_s'] / row['step_s']:.0%})" if "exchange_s" in row else ""
-        lines.append(
-            f"| `{row['strategy']}` | {row['processes']} | {row['step_s']:.3f} | x{row['step_s'] / one['step_s']:.2f} "
-            f"| {row['peak_bytes'] / MIB:,.0f} | x{row['peak_bytes'] / one['peak_bytes']:.2f} | {exchange} |"
-        )
-    step = next(row["step_s"] for row in record["strategies"][1:] if row["strategy"] == "ddp")
-    lines += ["", "| collective | payload (MiB) | time (ms) | GB/s | share of a `ddp` step |", "|---|---|---|---|---|"]
-    for row in record["collectives"]:
-        lines.append(
-            f"| {row['operation']} | {row['payload'] / MIB:,.0f} | {row['seconds'] * 1e3:.1f} "
-            f"| {row['payload'] / row['seconds'] / 1e9:.2f} | {row['seconds'] / step:.1%} |"
-        )
-    return lines
+def collective_cells(row: dict[str, Any], step_s: float) -> list[str]:
+    """Renders a collective's row."""
+    seconds, payload = row["seconds"], row["payload"]
+    rate = f"{payload / seconds / 1e9:.2f}"
+    return [row["operation"], f"{payload / MIB:,.0f}", f"{seconds * 1e3:.1f}", rate, f"{seconds / step_s:.1%}"]
 
 
 if __name__ == "__main__":

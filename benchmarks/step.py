@@ -121,7 +121,7 @@ def make_step(
                 "train": {"source": "moving_digits", "split": "train", "samples": 8, "frames": 1},
                 "max_sequence_length": world_tokens + 2 + 256 + 2 + TEXT,
             },
-            "training": {"max_steps": 1, "global_batch_size": 1, "gradient_checkpointing": False},
+            "training": {"max_steps": 1, "global_batch_size": 1, "gradient_checkpointing": "none"},
         }
     )
     architecture = _architecture(size, config, layers)
