@@ -264,7 +264,7 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
         configs[f"{offload} offloaded"] = short(
             f"offloaded-{offload}", 6, runtime={"strategy": strategy, "offload": offload}
         )
-    one = {"training": {**TRAINING, "max_steps": 6}, "schedule": {"kind": "constant"}}
+    one = {"training": {**TRAINING, "max_steps": 6}}
     configs[UNLABELLED] = configure("full", tmp_path / UNLABELLED, 1, name=UNLABELLED, **one | runtime)
     still = {"lr": 1e-30, "weight_decay": 0.0}
     configs["still"] = short("still", 1, precision="bf16", optimizer=still, init_from=str(tmp_path / "straight"))
@@ -312,9 +312,7 @@ def test_sharding_within_two_nodes_of_two_equals_one_process(
 def unlabelled(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run on one process that learns from clips alone, so that ranks have steps without labels."""
     directory = tmp_path_factory.mktemp(UNLABELLED)
-    config = configure(
-        "full", directory, 8, training={**TRAINING, "max_steps": 6}, schedule={"kind": "constant"}, name=UNLABELLED
-    )
+    config = configure("full", directory, 8, training={**TRAINING, "max_steps": 6}, name=UNLABELLED)
     order, source = TrainingOrder(48, SEED, GLOBAL_BATCH), open_source(config.data.train)
     labelled = [
         any(source[order.index(p)].kind in LABELLED for part in order.micro_batches(step, rank, 2, 1) for p in part)
