@@ -74,6 +74,7 @@ def fsdp2_peak(config: RunConfig, architecture: TheWorldConfig, ranks: int, devi
 def _peak(config: RunConfig, architecture: TheWorldConfig, ranks: int, device: planned.DeviceKind) -> Peak:
     mesh = init_device_mesh("cpu", (ranks,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    stored = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     model = build_on_meta(architecture)
     tracker = ShardedTracker()
     with KnowingFakeMode():
@@ -81,10 +82,12 @@ def _peak(config: RunConfig, architecture: TheWorldConfig, ranks: int, device: p
         apply_trainable(model, trainable_components(config), config.precision)
         ledger = build_ledger(model, config)
         stage = build_stage(model, config)
+        stage.lockstep = True
         units = planned._units(stage, model)
         with tracker, tracker.following_resizes():
             for unit in units:
-                fully_shard(model.get_submodule(unit), mesh=mesh, mp_policy=policy)
+                own = stored if unit == "world_encoder" else policy
+                fully_shard(model.get_submodule(unit), mesh=mesh, mp_policy=own)
             fully_shard(stage, mesh=mesh, mp_policy=policy)
             for tensor in [*model.parameters(), *model.buffers()]:
                 tracker._see(tensor.to_local() if hasattr(tensor, "to_local") else tensor, "")

@@ -24,12 +24,15 @@ from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config import load_run_config
+from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.model import TheWorld, modeling
+from theworld_train.model.adapters import adapter_parameters
 from theworld_train.model.build import build_on_meta, gemma_4b_config
+from theworld_train.model.components import component_modules
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.train.freeze import apply_trainable
-from theworld_train.train.ledger import trainable_components
+from theworld_train.train.ledger import add_adapters, trainable_components
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.stage import StageModule
 
@@ -140,7 +143,14 @@ def counted(config: RunConfig, model: TheWorld, shape: StepShape) -> dict[str, i
     return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
 
 
-def assert_agree(config: RunConfig, architecture: TheWorldConfig, shape: StepShape, attention: Any, truth: Any) -> None:
+def assert_agree(
+    config: RunConfig,
+    architecture: TheWorldConfig,
+    shape: StepShape,
+    attention: Any,
+    truth: Any,
+    adapters: dict[Component, int] | None = None,
+) -> None:
     """Formulas and counter agree to the last FLOP: in all, and in convolutions and fused attention each."""
     settings = StepSettings(
         trainable=frozenset(trainable_components(config)),
@@ -148,6 +158,7 @@ def assert_agree(config: RunConfig, architecture: TheWorldConfig, shape: StepSha
         attention=attention,
         chunk_size=config.training.loss_chunk_size,
         precision=config.precision,
+        adapters=adapters or {},
     )
     kinds = step_work(StepModel.from_config(architecture.to_dict()), shape, settings).flops_by("kind")
     assert sum(kinds.values()) == sum(truth.values())
@@ -207,3 +218,23 @@ def test_clips_and_fused_attention(enabled: bool, quickstart_model: TinyCheckpoi
         materialise(model)
         truth = counted(config, model, shape)
     assert_agree(config, real.config, shape, "sdpa", truth)
+
+
+@checkpointed
+def test_an_adapter_costs_no_gradients_of_the_weights_beside_it(enabled: bool, quickstart_model: TinyCheckpoint):
+    config = load_run_config(
+        CONFIGS / "quickstart" / "language.yaml",
+        {
+            "trainable.language_model.adapter": "lora",
+            "expect_trainable": None,
+            "training.gradient_checkpointing": "full" if enabled else "none",
+        },
+    )
+    model = quickstart_model.theworld()
+    add_adapters(model, config)
+    shape = StepShape(2, 90, supervised=20, frames=5)
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = counted(config, model, shape)
+    factors = adapter_parameters(component_modules(model)[Component.LANGUAGE_MODEL]).values()
+    adapters = {Component.LANGUAGE_MODEL: sum(parameter.numel() for parameter in factors)}
+    assert_agree(config, model.config, shape, "eager", truth, adapters)

@@ -133,7 +133,7 @@ def test_sharding_agrees_with_a_rank_of_fsdp2(trainable: tuple[str, ...], ranks:
     # Wide enough for weights, gathered layers and buffers to be what counts.
     model = architecture(hidden_size=512, intermediate_size=2048, vocab_size=4096, head_dim=128)
     config = run_config(trainable)
-    run = dry_run(config, architecture=model, gathered=True)
+    run = dry_run(config, architecture=model, gathering="computed")
     planned = rank_timeline(run, STRATEGIES["fsdp2"], ranks).peak(1)
     assert planned.total == pytest.approx(fsdp2_peak(config, model, ranks, "cuda").total, rel=0.03)
 

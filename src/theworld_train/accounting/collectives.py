@@ -47,13 +47,15 @@ class Exchanged:
         trainable: Parameters that train.
         frozen: Parameters that do not, which sharding splits as well.
         units: Modules that sharding gathers one by one.
-        compute_bytes: Bytes of a gathered parameter: 2 for bf16.
+        trainable_bytes: Bytes of one that trains when it is gathered: 2 for bf16.
+        frozen_bytes: Bytes of one that does not.
     """
 
     trainable: int
     frozen: int
     units: int
-    compute_bytes: int = 2
+    trainable_bytes: int = 2
+    frozen_bytes: int = 2
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def collectives(
     - zero1: each rank receives its share of the gradients once a step and sends its share of the new weights.
     - zero2: as zero1, but gradients are split after every micro-batch.
     - zero3: weights are gathered for every forward and every backward pass, and gradients split after each.
-    - fsdp2: as zero3.
+    - fsdp2: as zero3, beside the computation. What DeepSpeed exchanges is waited for: the engine asks for no overlap.
 
     Args:
         strategy: How the ranks share weights, gradients and optimizer state.
@@ -123,13 +125,14 @@ def collectives(
     if strategy in ("zero1", "zero2"):
         times, calls = steps if strategy == "zero2" else 1, _calls(gradients, _ZERO_BUCKET)
         return (
-            Collective("reduce_scatter", gradients * times, calls * times, overlaps=True),
+            Collective("reduce_scatter", gradients * times, calls * times, overlaps=False),
             Collective("all_gather", gradients, calls, overlaps=False),
         )
-    weights = (parameters.trainable + parameters.frozen) * parameters.compute_bytes
+    weights = parameters.trainable * parameters.trainable_bytes + parameters.frozen * parameters.frozen_bytes
+    beside = strategy == "fsdp2"
     return (
-        Collective("all_gather", 2 * steps * weights, 2 * steps * parameters.units, overlaps=True),
-        Collective("reduce_scatter", steps * gradients, steps * parameters.units, overlaps=True),
+        Collective("all_gather", 2 * steps * weights, 2 * steps * parameters.units, overlaps=beside),
+        Collective("reduce_scatter", steps * gradients, steps * parameters.units, overlaps=beside),
     )
 
 

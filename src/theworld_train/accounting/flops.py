@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from theworld_train.accounting.architectures import Composite, Decoder, VisionTransformer
@@ -39,8 +39,9 @@ Phase = Literal["encode", "forward", "recompute", "input_gradients", "weight_gra
 Precision = Literal["bf16", "fp32"]
 
 _SIZE = {"bf16": 2, "fp32": 4}
-#: Bytes of one parameter in a step of AdamW as PyTorch's `foreach` computes it, gradient norm and clipping included.
-_ADAMW_BYTES, _ADAMW_KERNELS = 92, 12
+#: Bytes of one parameter in a step of AdamW as PyTorch's fused kernel computes it: weight and moments read and written,
+#: the gradient read, and before that read for its norm and clipped.
+_ADAMW_BYTES, _ADAMW_KERNELS = 40, 4
 #: Of the five products in the backward pass of fused attention, one computes the scores again.
 _NEEDED_OF_FUSED_BACKWARD = 4 / 5
 
@@ -168,6 +169,7 @@ class StepSettings:
         world_encoder_precision: The world encoder's while it is frozen; it trains in fp32.
         cached: Frozen encoders whose outputs are read instead of computed.
         optimizer_shards: Ranks among which the optimizer's work is split: all that share its state.
+        adapters: Parameters of low-rank adapters, of trainable components whose own weights are frozen.
     """
 
     trainable: frozenset[Component]
@@ -178,6 +180,7 @@ class StepSettings:
     world_encoder_precision: Precision = "fp32"
     cached: frozenset[Component] = frozenset()
     optimizer_shards: int = 1
+    adapters: Mapping[Component, int] = field(default_factory=dict)
 
 
 class Operation(NamedTuple):
@@ -286,6 +289,8 @@ def _vision(
     size, vision = _SIZE[settings.precision], model.vision_tower
     pieces = vision_pieces(vision, images, attention.kind, size)
     yield from _encoder(Component.VISION_TOWER, pieces, settings, settings.precision)
+    patches = images * (vision.image_size // vision.patch_size) ** 2
+    yield from _adapter(patches, Component.VISION_TOWER, settings, recompute=settings.gradient_checkpointing)
     trains = Component.VISION_TOWER in settings.trainable
     pieces = projector_pieces(vision.hidden_size, model.language_model.hidden_size, images * model.image_tokens, size)
     if not trains:
@@ -330,6 +335,8 @@ def _language(
     if not settings.trainable:
         layers, head = without_input_gradient(layers), without_input_gradient(head)
     yield from _passes(Component.LANGUAGE_MODEL, layers, settings, recompute=settings.gradient_checkpointing)
+    tokens = shape.micro_batch_size * shape.positions
+    yield from _adapter(tokens, Component.LANGUAGE_MODEL, settings, recompute=settings.gradient_checkpointing)
     # The gradient of a frozen head's inputs is taken while its logits are there.
     recompute = chunks > 1 and Component.LANGUAGE_MODEL in settings.trainable
     yield from _passes(Component.LANGUAGE_MODEL, head, settings, recompute=recompute)
@@ -337,12 +344,8 @@ def _language(
 
 def _casts(model: StepModel, settings: StepSettings) -> Iterator[Operation]:
     """Yields what autocast rounds: the masters of what trains in bf16, in every pass, and their gradients back."""
-    for component, parameters in model.parameters.items():
-        if (
-            component in settings.trainable
-            and component is not Component.WORLD_ENCODER
-            and settings.precision == "bf16"
-        ):
+    for component, parameters in _trained(model, settings).items():
+        if component is not Component.WORLD_ENCODER and settings.precision == "bf16":
             yield from _passes(
                 component, (cast_piece(parameters),), settings, recompute=settings.gradient_checkpointing
             )
@@ -367,7 +370,7 @@ def _passes(
     precision: Precision | None = None,
 ) -> Iterator[Operation]:
     """Yields the passes over the pieces of a component inside of what an engine wraps."""
-    trains = component in settings.trainable
+    trains = component in settings.trainable and component not in settings.adapters
     precision = precision or settings.precision
     for piece in pieces:
         yield _operation(component, piece, "forward", precision)
@@ -380,6 +383,17 @@ def _passes(
             yield _operation(component, piece, "weight_gradients", precision)
 
 
+def _adapter(tokens: int, component: Component, settings: StepSettings, *, recompute: bool) -> Iterator[Operation]:
+    """Yields the two thin products beside each adapted layer, which train."""
+    parameters = settings.adapters.get(component, 0)
+    if not parameters:
+        return
+    piece = Piece("adapter", "matmul", 2 * tokens * parameters, parameters * _SIZE[settings.precision])
+    phases: tuple[Phase, ...] = ("forward", "input_gradients", "weight_gradients")
+    for phase in (*phases, "recompute") if recompute else phases:
+        yield _operation(component, piece, phase, settings.precision)
+
+
 def _operation(
     component: Component, piece: Piece, phase: Phase, precision: Precision, factor: float = 1.0
 ) -> Operation:
@@ -389,7 +403,12 @@ def _operation(
 
 def _optimizer(model: StepModel, settings: StepSettings) -> Iterator[Operation]:
     """Yields clipping and AdamW over what trains, once a step."""
-    for component, parameters in model.parameters.items():
-        if component in settings.trainable:
-            piece = traffic("optimizer", parameters // settings.optimizer_shards, _ADAMW_BYTES, _ADAMW_KERNELS)
-            yield _operation(component, piece, "optimizer", "fp32")
+    for component, parameters in _trained(model, settings).items():
+        piece = traffic("optimizer", parameters // settings.optimizer_shards, _ADAMW_BYTES, _ADAMW_KERNELS)
+        yield _operation(component, piece, "optimizer", "fp32")
+
+
+def _trained(model: StepModel, settings: StepSettings) -> dict[Component, int]:
+    """Returns the parameters that train, by component."""
+    counts = model.parameters
+    return {c: settings.adapters.get(c, counts[c]) for c in counts if c in settings.trainable}

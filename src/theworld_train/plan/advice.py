@@ -14,8 +14,8 @@ from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
 from theworld_train.config.schema import GradientCheckpointing, RunConfig, frames_of
 from theworld_train.plan.allocator import reserved_bytes
-from theworld_train.plan.dry_run import DeviceKind, DryRun, dry_run
-from theworld_train.plan.strategies import STRATEGIES, Offload, Strategy, rank_timeline
+from theworld_train.plan.dry_run import DeviceKind, DryRun, Gathering, dry_run
+from theworld_train.plan.strategies import STRATEGIES, Offload, Strategy, load_peak, rank_timeline
 from theworld_train.plan.timeline import Peak, Timeline
 
 Word = Literal["fits", "tight", "does not fit"]
@@ -59,7 +59,7 @@ class Need:
 
     Attributes:
         setting: How the run is laid out.
-        peak: The moment of most memory in a step.
+        peak: The moment of most memory, in a step or when the model is loaded.
         reserved: Bytes that the caching allocator has taken by then, its fragments included.
         overhead: Bytes beside the allocator.
     """
@@ -180,7 +180,7 @@ class Planner:
         self._device: DeviceKind = device
         self._positions = positions
         self._supervised = supervised
-        self._runs: dict[tuple[int, bool], DryRun] = {}
+        self._runs: dict[tuple[int, Gathering], DryRun] = {}
         self._needs: dict[Setting, Need] = {}
         self._variants: dict[Overrides, Planner] = {}
 
@@ -196,8 +196,9 @@ class Planner:
 
     def run(self, setting: Setting, steps: int = _STEPS) -> DryRun:
         """Returns the dry run that a setting's memory is worked out from, of so many steps at least."""
-        gathered = setting.strategy.gathers and (setting.ranks > 1 or setting.offload != "none")
-        key = (setting.micro_batch_size, gathered)
+        alone = setting.ranks == 1 and setting.offload == "none"
+        gathering: Gathering = "none" if alone else setting.strategy.gathering
+        key = (setting.micro_batch_size, gathering)
         known = self._runs.get(key)
         if known is None or known.steps < steps:
             self._runs[key] = dry_run(
@@ -205,7 +206,7 @@ class Planner:
                 device=self._device,
                 micro_batch_size=setting.micro_batch_size,
                 steps=steps,
-                gathered=gathered,
+                gathering=gathering,
                 positions=self._positions,
                 supervised=self._supervised,
             )
@@ -227,7 +228,9 @@ class Planner:
         if setting not in self._needs:
             timeline = self.timeline(setting)
             overhead = CONTEXT_BYTES + (COLLECTIVE_BYTES if setting.ranks > 1 else 0)
-            peak = timeline.peak(_STEPS - 1)
+            step = timeline.peak(_STEPS - 1)
+            load = load_peak(self.run(setting), setting.strategy, setting.ranks)
+            peak = max(step, load, key=lambda peak: peak.total)
             self._needs[setting] = Need(setting, peak, max(reserved_bytes(timeline.held), peak.total), overhead)
         return self._needs[setting]
 

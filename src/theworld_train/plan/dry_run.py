@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from theworld_train.accounting.tokens import latent_frames
 from theworld_train.assemble.inputs import open_inputs
 from theworld_train.assemble.model import build_stage, describe_model
 from theworld_train.batch import IGNORE_INDEX, Batch
+from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of
 from theworld_train.data import Collator, Window
@@ -28,7 +28,7 @@ from theworld_train.plan.cuda import cuda_semantics
 from theworld_train.plan.known_values import KnowingFakeMode
 from theworld_train.plan.timeline import CUDA_BLOCK, Timeline, spans
 from theworld_train.plan.tracker import LOSS, SEQUENCE, MemoryTracker, Trace
-from theworld_train.train.engine import ReplicatedEngine
+from theworld_train.train.engine import ReplicatedEngine, wrap_units
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import adamw_implementation, build_optimizer
 from theworld_train.train.ledger import add_adapters, build_ledger, trainable_components
@@ -37,6 +37,9 @@ from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer
 
 DeviceKind = Literal["cuda", "cpu"]
+#: How weights come to be there when they are computed with: they always are, or layers are gathered one by one, in the
+#: dtype of the computation (FSDP2) or as they are stored (ZeRO-3).
+Gathering = Literal["none", "computed", "stored"]
 
 #: Samples that are looked at where a config sets no limit to their length.
 _MEASURED_SAMPLES = 64
@@ -97,6 +100,7 @@ class DryRun:
         compute_size: Bytes of an element that is computed with.
         optimizer: Name of the optimizer.
         parameters: Every parameter of the model, tied ones once.
+        gathering: How weights are there when they are computed with.
     """
 
     trace: Trace
@@ -107,6 +111,12 @@ class DryRun:
     compute_size: int
     optimizer: OptimizerName
     parameters: tuple[PlannedParameter, ...]
+    gathering: Gathering = "none"
+
+    def gathered_size(self, parameter: PlannedParameter) -> int:
+        """Returns the bytes of an element of a parameter while it is computed with."""
+        stored = self.gathering == "stored" or parameter.component == Component.WORLD_ENCODER
+        return parameter.itemsize if stored else self.compute_size
 
     @property
     def block(self) -> int:
@@ -293,7 +303,7 @@ def dry_run(
     supervised: int | None = None,
     architecture: TheWorldConfig | None = None,
     steps: int = 2,
-    gathered: bool = False,
+    gathering: Gathering = "none",
 ) -> DryRun:
     """Runs optimizer steps over fake tensors on this machine's CPU.
 
@@ -305,7 +315,7 @@ def dry_run(
         supervised: Supervised tokens of a sample; all of its text if absent.
         architecture: The model's config instead of the one that the run config names.
         steps: Optimizer steps; the optimizer's state comes with the first, so the second is the one that counts.
-        gathered: Whether parameters have the dtype of the computation, as sharding engines gather them layer by layer.
+        gathering: How weights are there when they are computed with.
     """
     architecture = describe_model(config) if architecture is None else architecture
     shape = sample_shape(config, architecture, positions, supervised)
@@ -318,7 +328,7 @@ def dry_run(
         if device == "cuda":
             stack.enter_context(cuda_semantics())
         batch = synthetic_batch(architecture, shape, size)
-        return trace_steps(config, model, (batch,), shape, steps=steps, device=device, gathered=gathered)
+        return trace_steps(config, model, (batch,), shape, steps=steps, device=device, gathering=gathering)
 
 
 def trace_steps(
@@ -329,7 +339,7 @@ def trace_steps(
     *,
     steps: int,
     device: DeviceKind,
-    gathered: bool = False,
+    gathering: Gathering = "none",
 ) -> DryRun:
     """Runs optimizer steps of the trainer with every storage followed; fake or real, as model and batches are.
 
@@ -340,7 +350,7 @@ def trace_steps(
         shape: Shape of their samples.
         steps: Optimizer steps.
         device: Whose optimizer is taken.
-        gathered: As in `dry_run`.
+        gathering: As in `dry_run`.
     """
     size = len(batches[0].sample_ids)
     training = {"global_batch_size": size * len(batches), "micro_batch_size": size}
@@ -352,9 +362,11 @@ def trace_steps(
     units = _units(stage, model)
     parameters = _parameters(stage, model, units)
     computed = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    if gathered:
-        for parameter in stage.parameters():
-            parameter.data = parameter.data.to(computed)
+    stage.lockstep = gathering != "none"
+    if gathering == "computed":
+        for name, part in stage.parts.items():
+            for parameter in () if name == Component.WORLD_ENCODER else part.parameters():
+                parameter.data = parameter.data.to(computed)
     optimizer = build_optimizer(model, config)
     if config.optimizer.name == "adamw":
         for group in optimizer.param_groups:
@@ -391,6 +403,7 @@ def trace_steps(
         compute_size=computed.itemsize,
         optimizer=config.optimizer.name,
         parameters=parameters,
+        gathering=gathering,
     )
 
 
@@ -449,9 +462,5 @@ def _parameters(
 
 def _units(stage: StageModule, model: nn.Module) -> tuple[str, ...]:
     """Returns the paths of the layers inside of what an engine wraps, in the order of their calls."""
-    inside = {id(module) for module in stage.parts.modules()}
-    return tuple(
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, GradientCheckpointingLayer) and id(module) in inside
-    )
+    units = {id(module) for module in wrap_units(stage)}
+    return tuple(path for path, module in model.named_modules() if id(module) in units)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
-from theworld_train.plan.dry_run import DryRun, PlannedParameter
-from theworld_train.plan.timeline import Span, Timeline, spans
+from theworld_train.plan.dry_run import DryRun, Gathering, PlannedParameter
+from theworld_train.plan.timeline import Peak, Span, Timeline, spans
 from theworld_train.plan.tracker import OPTIMIZER, Allocation, Category
-from theworld_train.train.engine import REDUCE_BUCKET
+from theworld_train.train.engine import MAX_LIVE, REDUCE_BUCKET
 from theworld_train.train.groups import state_bytes
 
 StrategyName = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
@@ -29,13 +29,13 @@ class Strategy:
         name: As the run config and the command line know it.
         about: What it shares.
         offloads: What it can keep in the memory of the host.
-        gathers: Whether parameters are sharded, and gathered layer by layer.
+        gathering: How weights are there when they are computed with; sharded ones are gathered.
     """
 
     name: StrategyName
     about: str
     offloads: tuple[Offload, ...]
-    gathers: bool = False
+    gathering: Gathering = "none"
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -44,8 +44,8 @@ STRATEGIES: dict[str, Strategy] = {
         Strategy("ddp", "every rank holds everything", ("none",)),
         Strategy("zero1", "optimizer state is sharded", ("none", "optimizer")),
         Strategy("zero2", "optimizer state and gradients are sharded", ("none", "optimizer")),
-        Strategy("fsdp2", "weights are sharded too, PyTorch's way", ("none", "all"), gathers=True),
-        Strategy("zero3", "weights are sharded too, DeepSpeed's way", ("none", "optimizer", "all"), gathers=True),
+        Strategy("fsdp2", "weights are sharded too, PyTorch's way", ("none", "all"), "computed"),
+        Strategy("zero3", "weights are sharded too, DeepSpeed's way", ("none", "optimizer", "all"), "stored"),
     )
 }
 
@@ -86,7 +86,7 @@ def rank_timeline(
     """Returns what one rank holds over time.
 
     Args:
-        run: The dry run of a single process; of `gathered` parameters for a strategy that gathers, on several ranks.
+        run: The dry run of a single process; on several ranks with the gathering of the strategy.
         strategy: How ranks share the work.
         ranks: Their number.
         offload: What is kept in the host's memory.
@@ -94,7 +94,7 @@ def rank_timeline(
     """
     if ranks == 1 and offload == "none":
         held = list(_accumulated(run)) if accumulates else spans(run.trace)
-    elif strategy.gathers:
+    elif strategy.gathering != "none":
         held = list(_gathered(run, strategy, ranks, offload, accumulates))
     else:
         held = list(_replicated(run, strategy, ranks, offload, accumulates))
@@ -152,9 +152,9 @@ def _gathered(run: DryRun, strategy: Strategy, ranks: int, offload: Offload, acc
     inside = {parameter.name for parameter in run.parameters if parameter.unit is not None}
     for allocation in _allocations(run):
         if _is_update(allocation):
-            if offload == "none":  # of shards as they are stored, where the run has updated what it computes with
+            if offload == "none":
                 span = _span(allocation, last)
-                yield replace(span, size=_share(span.size * _stored_size(run) // run.compute_size, ranks))
+                yield replace(span, size=_share(span.size, ranks))
         elif allocation.parameter not in inside:
             yield _span(allocation, last)
     sharded = [parameter for parameter in run.parameters if parameter.unit is not None]
@@ -225,6 +225,8 @@ class _Passes:
         )
         first = calls[0][0] if calls else forward[1]
         yield from self._parameters("", forward[0], backward[1])
+        if self._run.gathering == "stored":
+            yield from self._live(forward[0], backward[1])
         yield from self._incoming("", forward[0], first)
         starts = [start for start, _, _ in calls[1:]] + [forward[1]]
         for (start, end, unit), following in zip(calls, starts, strict=True):
@@ -235,21 +237,33 @@ class _Passes:
         """Whole parameters of a unit."""
         if end > start:
             for parameter in self._members.get(unit, []):
-                yield Span(parameter.numel * self._run.compute_size, "weights", parameter.component, start, end)
+                size = parameter.numel * self._run.gathered_size(parameter)
+                yield Span(size, "weights", parameter.component, start, end)
+
+    def _live(self, start: int, end: int) -> Iterator[Span]:
+        """Whole layers that DeepSpeed holds besides the one at work: gathered ahead, or kept for their next use."""
+        layers = [member for unit, members in self._members.items() if unit for member in members]
+        elements = sum(member.numel for member in layers)
+        if elements:
+            size = sum(member.numel * self._run.gathered_size(member) for member in layers)
+            component = max(layers, key=lambda member: member.numel).component
+            yield Span(size * min(elements, MAX_LIVE) // elements, "weights", component, start, end)
 
     def _incoming(self, unit: str, start: int, end: int) -> Iterator[Span]:
         """The one buffer in which a unit's parameters come."""
-        yield from self._buffer(self._members.get(unit, []), self._run.compute_size, start, end)
+        yield from self._buffer(self._members.get(unit, []), self._run.gathered_size, start, end)
 
     def _outgoing(self, unit: str, start: int, end: int) -> Iterator[Span]:
         """The one buffer in which a unit's gradients go."""
         trained = [member for member in self._members.get(unit, []) if member.trains]
-        yield from self._buffer(trained, _FP32, start, end)
+        yield from self._buffer(trained, lambda _: _FP32, start, end)
 
     @staticmethod
-    def _buffer(members: list[PlannedParameter], itemsize: int, start: int, end: int) -> Iterator[Span]:
+    def _buffer(
+        members: list[PlannedParameter], itemsize: Callable[[PlannedParameter], int], start: int, end: int
+    ) -> Iterator[Span]:
         if members and end > start:
-            size = sum(member.numel for member in members) * itemsize
+            size = sum(member.numel * itemsize(member) for member in members)
             yield Span(size, "temporaries", max(members, key=lambda member: member.numel).component, start, end)
 
     def _gradients(self, done: dict[tuple[str, int], int]) -> Iterator[Span]:
@@ -280,6 +294,19 @@ def _stretches(run: DryRun, phase: str) -> list[tuple[int, int]]:
         else:
             found.append((index, index + 1))
     return found
+
+
+def load_peak(run: DryRun, strategy: Strategy, ranks: int) -> Peak:
+    """Returns what a rank holds when it has moved a model to its GPU whole, and has made its shards beside it."""
+    parts: dict[tuple[Category, str], int] = {}
+    for parameter in run.parameters:
+        copies = parameter.numel * parameter.itemsize
+        if strategy.gathering != "none" and ranks > 1 and parameter.unit is not None:
+            copies += _shard(parameter, ranks) * parameter.itemsize
+        kind: Category = "masters" if parameter.trains and parameter.itemsize == _FP32 else "weights"
+        parts[kind, parameter.component] = parts.get((kind, parameter.component), 0) + copies
+    largest = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    return Peak(sum(parts.values()), largest, phase="load", op="to", module="", event=0)
 
 
 # -- what both need ---------------------------------------------------------------------------------------------------

@@ -71,17 +71,23 @@ def plan_time(
             precision="fp32" if config.precision == "fp32" else "bf16",
             world_encoder_precision="bf16" if config.model.world.encoder_dtype == "bfloat16" else "fp32",
             optimizer_shards=1 if setting.strategy.name == "ddp" else setting.ranks,
+            adapters={
+                component: sum(p.numel for p in dry.parameters if p.trains and p.component == component)
+                for component, entry in config.trainable.items()
+                if entry.adapter is not None
+            },
         ),
     )
     exchanges: tuple[Collective, ...] = ()
     if setting.ranks > 1:
         wrapped = [parameter for parameter in dry.parameters if parameter.unit is not None]
-        sizes = {trains: sum(math.prod(p.shape) for p in wrapped if p.trains is trains) for trains in (True, False)}
+        sizes = {trains: sum(p.numel for p in wrapped if p.trains is trains) for trains in (True, False)}
         units = len({parameter.unit for parameter in wrapped})
-        gathered = 4 if config.precision == "fp32" else 2
-        exchanges = collectives(
-            setting.strategy.name, Exchanged(sizes[True], sizes[False], units, gathered), accumulation
-        )
+        computed = 4 if config.precision == "fp32" else 2
+        # ZeRO-3 gathers masters; the world encoder, small beside the rest, is not told apart here.
+        stored = computed if config.precision == "bf16_pure" or setting.strategy.name != "zero3" else 4
+        exchanged = Exchanged(sizes[True], sizes[False], units, trainable_bytes=stored, frozen_bytes=computed)
+        exchanges = collectives(setting.strategy.name, exchanged, accumulation)
     precision = "fp32" if config.precision == "fp32" else "bf16"
     step = step_time(work, gpu, shares, ranks=setting.ranks, exchanges=exchanges, precision=precision)
     steps = training.max_steps

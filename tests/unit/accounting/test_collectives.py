@@ -21,7 +21,7 @@ def test_zero_1_and_2_move_what_ddp_moves():
 def test_zero_3_gathers_all_weights_twice_and_splits_gradients():
     assert sent("zero3") == sent("fsdp2") == (2 * 2 * 4 * BILLION + 4 * BILLION) * 7 / 8
     # With everything trainable and one dtype, the textbook's factor of one and a half.
-    whole = Exchanged(BILLION, 0, 10, compute_bytes=4)
+    whole = Exchanged(BILLION, 0, 10, trainable_bytes=4)
     assert sent("zero3", parameters=whole) == 1.5 * sent("ddp", parameters=whole)
 
 
@@ -38,8 +38,14 @@ def test_accumulation_repeats_what_cannot_wait(strategy, gradients, weights):
         assert (after.payload, after.calls) == (expected * before.payload, expected * before.calls)
 
 
-def test_new_weights_of_zero_1_hide_behind_nothing():
-    assert [exchange.overlaps for exchange in collectives("zero1", PARAMETERS)] == [True, False]
+def test_zero_3_gathers_what_trains_as_it_is_stored():
+    stored = Exchanged(BILLION, 3 * BILLION, 10, trainable_bytes=4)
+    assert sent("zero3", parameters=stored) - sent("zero3") == 2 * 2 * BILLION * 7 / 8
+
+
+def test_only_ddp_and_fsdp2_exchange_beside_the_computation():
+    beside = {name: {exchange.overlaps for exchange in collectives(name, PARAMETERS)} for name in STRATEGIES}
+    assert beside == {"ddp": {True}, "zero1": {False}, "zero2": {False}, "zero3": {False}, "fsdp2": {True}}
 
 
 def test_a_single_rank_exchanges_nothing():

@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.planned import EVERYTHING, architecture, run_config
 from theworld_train.config.errors import ConfigError
 from theworld_train.plan.dry_run import DryRun, dry_run
-from theworld_train.plan.strategies import STRATEGIES, offload_of, rank_timeline, strategy_of
+from theworld_train.plan.strategies import STRATEGIES, load_peak, offload_of, rank_timeline, strategy_of
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +17,12 @@ def single() -> DryRun:
 
 @pytest.fixture(scope="module")
 def gathered() -> DryRun:
-    return dry_run(run_config(), architecture=architecture(), gathered=True)
+    return dry_run(run_config(), architecture=architecture(), gathering="computed")
 
 
 @pytest.fixture(scope="module")
 def vision() -> DryRun:
-    return dry_run(run_config(EVERYTHING[:1]), architecture=architecture(), gathered=True)
+    return dry_run(run_config(EVERYTHING[:1]), architecture=architecture(), gathering="computed")
 
 
 def held(run: DryRun, name: str, ranks: int, category: str, offload: str = "none") -> int:
@@ -64,20 +64,9 @@ def test_sharding_shares_weights_too(gathered: DryRun, name: str):
     assert held(gathered, name, 4, "masters", "all") == held(gathered, name, 4, "optimizer", "all") == 0
 
 
-def test_updates_work_on_shares_in_the_dtype_that_is_stored(gathered: DryRun):
-    def updates(ranks: int) -> int:
-        timeline = rank_timeline(gathered, STRATEGIES["fsdp2"], ranks)
-        begins = {i for i, event in enumerate(gathered.trace.events) if event.phase == "optimizer"}
-        return sum(s.size for s in timeline.held if s.category == "temporaries" and s.start in begins)
-
-    made = (event.allocation for event in gathered.trace.events if event.is_birth and event.phase == "optimizer")
-    whole = sum(allocation.size for allocation in made if allocation.category == "temporaries")
-    assert updates(4) == pytest.approx(whole * 4 / 2 / 4, rel=0.01)
-
-
 def test_computing_in_fp32_gathers_fp32():
     config = run_config().model_copy(update={"precision": "fp32"})
-    run = dry_run(config, architecture=architecture(), gathered=True)
+    run = dry_run(config, architecture=architecture(), gathering="computed")
     layer = next(parameter for parameter in run.parameters if parameter.unit)
     sizes = {s.size for s in rank_timeline(run, STRATEGIES["fsdp2"], 4).held if s.category == "weights"}
     assert 4 * layer.numel in sizes
@@ -87,6 +76,24 @@ def test_frozen_encoders_outside_of_the_engine_stay_whole(vision: DryRun):
     outside = sum(p.numel * p.itemsize for p in vision.parameters if p.unit is None)
     assert outside
     assert held(vision, "fsdp2", 64, "weights") >= outside
+
+
+def test_zero3_gathers_what_is_stored_and_keeps_layers():
+    run = dry_run(run_config(), architecture=architecture(), gathering="stored", steps=1)
+    layers = sum(p.numel * p.itemsize for p in run.parameters if p.unit)
+    whole = [s for s in rank_timeline(run, STRATEGIES["zero3"], 4).held if s.category == "weights"]
+    assert layers in {s.size for s in whole}, "so few elements are all kept"
+    layer = max((p for p in run.parameters if p.unit), key=lambda p: p.numel)
+    assert 4 * layer.numel in {s.size for s in whole}
+
+
+def test_a_model_is_on_its_gpu_whole_before_it_is_sharded(gathered: DryRun, vision: DryRun):
+    stored = sum(p.numel * p.itemsize for p in gathered.parameters)
+    assert load_peak(gathered, STRATEGIES["ddp"], 4).total == stored
+    assert load_peak(gathered, STRATEGIES["fsdp2"], 4).total == pytest.approx(1.25 * stored, rel=0.05)
+    wrapped = sum(p.numel * p.itemsize for p in vision.parameters if p.unit is not None)
+    whole = sum(p.numel * p.itemsize for p in vision.parameters)
+    assert load_peak(vision, STRATEGIES["fsdp2"], 2).total == pytest.approx(whole + wrapped / 2, rel=0.05)
 
 
 def test_more_ranks_never_take_more(gathered: DryRun):
