@@ -1,9 +1,10 @@
 """Times a step and measures its memory under every strategy, on one process and on several, and prices the exchanges.
 
-    python benchmarks/parallel.py [--processes 2] [--steps 5]
+    python benchmarks/parallel.py [--processes 2] [--steps 4]
 
-All rows take the same global batch of the same random model. Each row is a launch of its own; on a CPU every process
-computes with one thread. Prints tables, and writes a record with hardware and versions into benchmarks/results/.
+All rows take the same global batch of the same random model: one launch of a single process, and one of several, in
+which the strategies come one after the other. On a CPU every process computes with one thread. Prints tables, and
+writes a record with hardware and versions into benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ WARMUP_STEPS = 2
 REPEATS = 5
 #: Payloads of collectives in bytes, besides that of all gradients.
 PAYLOADS = (MIB, 16 * MIB, 64 * MIB)
-GLOBAL_BATCH, POSITIONS, RESOLUTION = 4, 256, 64
+GLOBAL_BATCH, POSITIONS, RESOLUTION = 2, 128, 32
 
-_TEXT = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 4} | {
+_TEXT = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4} | {
     "num_key_value_heads": 2,
-    "head_dim": 96,
+    "head_dim": 64,
     "vocab_size": 16_064,
-    "sliding_window": 128,
+    "sliding_window": 64,
 }
-_VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4} | {
+_VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4} | {
     "model_type": "siglip_vision_model",
     "image_size": 112,
     "patch_size": 14,
@@ -70,6 +71,7 @@ def describe(strategy: str) -> tuple[RunConfig, TheWorldConfig]:
         {
             "name": "parallel",
             "output_dir": "unused",
+            "precision": "fp32",
             "model": {"world": {"resolution": RESOLUTION}},
             "trainable": {component: {} for component in _EVERYTHING},
             "data": {
@@ -83,7 +85,7 @@ def describe(strategy: str) -> tuple[RunConfig, TheWorldConfig]:
     architecture = TheWorldConfig(
         text_config=_TEXT,
         vision_config=_VISION,
-        world_encoder_config=vae_config({"base_dim": 16}),
+        world_encoder_config=vae_config({"base_dim": 8}),
         world_resolution=RESOLUTION,
         **_TOKENS,
     )
@@ -108,53 +110,53 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
     if strategy.startswith("zero"):
         import deepspeed  # noqa: F401 (its own memory is none of the step's)
     config, architecture = describe(strategy)
-    with Runtime(config) as runtime:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        before = _status("VmRSS")
-        torch.manual_seed(0)
-        model = build_on_meta(architecture)
-        materialise(model, torch.bfloat16)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.normal_(std=0.02)
-        apply_trainable(model, trainable_components(config), config.precision)
-        ledger = build_ledger(model, config)
-        stage = build_stage(model, config)
-        move(model, runtime.device)
-        engine = runtime.engine(stage, lambda: build_optimizer(model, config), config)
-        trainer = Trainer(
-            config=config,
-            ledger=ledger,
-            runtime=runtime,
-            stage=stage,
-            engine=engine,
-            max_steps=WARMUP_STEPS + steps,
-            first_step=0,
-            windows=lambda _start, _number: (_ for _ in ()),
-            held_out=None,
-            save=None,
-            metrics=None,
-            progress=None,
-        )
-        stage.set_training_modes()
-        batch = synthetic_batch(architecture, sample_shape(config, architecture), 1)
-        batches = (batch,) * (GLOBAL_BATCH // runtime.world_size)
-        times = []
-        for step in range(WARMUP_STEPS + steps):
-            if step == WARMUP_STEPS:
-                runtime.reset_memory_peak()
-            started = time.perf_counter()
-            trainer.step(Window(step, batches, ()))
-            times.append(time.perf_counter() - started)
-        peak = runtime.memory_peak() if runtime.device.type == "cuda" else _status("VmHWM") - before
-        return {
-            "step_s": statistics.median(times[WARMUP_STEPS:]),
-            "fastest_s": min(times[WARMUP_STEPS:]),
-            "peak_bytes": max(int(rank) for (rank,) in runtime.exchange([peak])),
-            "parameters": ledger.total,
-            "device": runtime.device_name,
-        }
+    runtime = Runtime(config)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = _status("VmRSS")
+    torch.manual_seed(0)
+    model = build_on_meta(architecture)
+    materialise(model, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    apply_trainable(model, trainable_components(config), config.precision)
+    ledger = build_ledger(model, config)
+    stage = build_stage(model, config)
+    move(model, runtime.device)
+    engine = runtime.engine(stage, lambda: build_optimizer(model, config), config)
+    trainer = Trainer(
+        config=config,
+        ledger=ledger,
+        runtime=runtime,
+        stage=stage,
+        engine=engine,
+        max_steps=WARMUP_STEPS + steps,
+        first_step=0,
+        windows=lambda _start, _number: (_ for _ in ()),
+        held_out=None,
+        save=None,
+        metrics=None,
+        progress=None,
+    )
+    stage.set_training_modes()
+    batch = synthetic_batch(architecture, sample_shape(config, architecture), 1)
+    batches = (batch,) * (GLOBAL_BATCH // runtime.world_size)
+    times = []
+    for step in range(WARMUP_STEPS + steps):
+        if step == WARMUP_STEPS:
+            runtime.reset_memory_peak()
+        started = time.perf_counter()
+        trainer.step(Window(step, batches, ()))
+        times.append(time.perf_counter() - started)
+    peak = runtime.memory_peak() if runtime.device.type == "cuda" else _status("VmHWM") - before
+    return {
+        "step_s": statistics.median(times[WARMUP_STEPS:]),
+        "fastest_s": min(times[WARMUP_STEPS:]),
+        "peak_bytes": max(int(rank) for (rank,) in runtime.exchange([peak])),
+        "parameters": ledger.total,
+        "device": runtime.device_name,
+    }
 
 
 def measure_collectives(payloads: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -166,20 +168,32 @@ def measure_collectives(payloads: tuple[int, ...]) -> list[dict[str, Any]]:
 
     config, _ = describe("ddp")
     rows: list[dict[str, Any]] = []
-    with Runtime(config) as runtime:
-        for payload in payloads:
-            ranks = runtime.world_size
-            part = torch.ones(payload // 4 // ranks, device=runtime.device)
-            whole = torch.ones(len(part) * ranks, device=runtime.device)
-            parts = list(whole.chunk(ranks))
-            kinds: dict[str, Callable[[], object]] = {
-                "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-                "all_gather": lambda parts=parts, part=part: dist.all_gather(parts, part),
-                "reduce_scatter": lambda parts=parts, part=part: dist.reduce_scatter(part, parts),
-            }
-            for name, run in kinds.items():
-                rows.append({"operation": name, "payload": payload, "seconds": _timed(run, whole)})
+    runtime = Runtime(config)
+    for payload in payloads:
+        ranks = runtime.world_size
+        part = torch.ones(payload // 4 // ranks, device=runtime.device)
+        whole = torch.ones(len(part) * ranks, device=runtime.device)
+        parts = list(whole.chunk(ranks))
+        kinds: dict[str, Callable[[], object]] = {
+            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+            "all_gather": lambda parts=parts, part=part: dist.all_gather(parts, part),
+            "reduce_scatter": lambda parts=parts, part=part: dist.reduce_scatter(part, parts),
+        }
+        for name, run in kinds.items():
+            rows.append({"operation": name, "payload": payload, "seconds": _timed(run, whole)})
     return rows
+
+
+def measure_rank(steps: int) -> dict[str, Any]:
+    """Measures everything that this launch is for; all of it shares one process group."""
+    processes = int(os.environ["WORLD_SIZE"])
+    rows: list[dict[str, Any]] = []
+    for strategy in STRATEGIES if processes > 1 else STRATEGIES[:1]:
+        rows.append({"strategy": strategy, "processes": processes} | measure_steps(strategy, steps))
+        if os.environ["RANK"] == "0":
+            print(f"{strategy} on {processes}: {rows[-1]['step_s']:.3f} s", file=sys.stderr, flush=True)
+    payloads = (*PAYLOADS, 4 * rows[0]["parameters"])
+    return {"steps": rows, "collectives": measure_collectives(payloads) if processes > 1 else []}
 
 
 def _timed(run: Callable[[], object], tensor: Tensor) -> float:
@@ -203,21 +217,18 @@ def _status(key: str) -> int:
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
-def launch(processes: int, *arguments: str) -> Any:  # noqa: ANN401 (what the launch writes)
-    """Runs this file on several ranks and returns what the first of them has written."""
+def launch(processes: int, steps: int) -> dict[str, Any]:
+    """Runs this file on some ranks and returns what the first of them has written."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "out.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        result = subprocess.run(
-            [*command, __file__, "--output", str(output), *arguments],
+        subprocess.run(
+            [*command, __file__, "--output", str(output), "--steps", str(steps)],
             env=os.environ | _ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
+            check=True,
         )
-        if result.returncode:
-            sys.exit(result.stderr)
-        return json.loads(output.read_text())
+        found: dict[str, Any] = json.loads(output.read_text())
+        return found
 
 
 def exchange_seconds(strategy: str, processes: int, parameters: int, priced: dict[str, float]) -> float:
@@ -232,24 +243,20 @@ def exchange_seconds(strategy: str, processes: int, parameters: int, priced: dic
     from theworld_train.accounting.collectives import Exchanged, collectives
 
     units = _TEXT["num_hidden_layers"] + _VISION["num_hidden_layers"] + 2
-    gathered = 4 if strategy == "zero3" else 2
-    exchanges = collectives(strategy, Exchanged(parameters, 0, units, gathered), GLOBAL_BATCH // processes)
+    exchanges = collectives(strategy, Exchanged(parameters, 0, units, 4), GLOBAL_BATCH // processes)
     return sum(exchange.payload * priced[exchange.operation] for exchange in exchanges)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", help="Used by the launches of this file itself.")
-    parser.add_argument("--strategy")
-    parser.add_argument("--payloads")
     options = parser.parse_args()
     if options.output:
-        payloads = tuple(map(int, (options.payloads or "").split(","))) if options.payloads else ()
-        result = measure_collectives(payloads) if payloads else measure_steps(options.strategy, options.steps)
+        rows = measure_rank(options.steps)
         if os.environ["RANK"] == "0":
-            Path(options.output).write_text(json.dumps(result))
+            Path(options.output).write_text(json.dumps(rows))
         return
     steps, collectives = measure_all(options.processes, options.steps)
     one, ddp = steps[0], next(row for row in steps[1:] if row["strategy"] == "ddp")
@@ -262,17 +269,10 @@ def main() -> None:
 
 def measure_all(processes: int, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Measures every row: steps by strategy, the one of a single process first, and collectives."""
-    rows = []
-    for count, strategy in [(1, "ddp"), *((processes, strategy) for strategy in STRATEGIES)]:
-        rows.append({"strategy": strategy, "processes": count})
-        rows[-1] |= launch(count, "--strategy", strategy, "--steps", str(steps))
-        print(f"{strategy} on {count}: {rows[-1]['step_s']:.3f} s", file=sys.stderr)
+    one, several = launch(1, steps), launch(processes, steps)
+    rows, collectives = [*one["steps"], *several["steps"]], several["collectives"]
     parameters = rows[0]["parameters"]
-    payloads = (*PAYLOADS, 4 * parameters)
-    collectives = launch(processes, "--payloads", ",".join(map(str, payloads)))
-    priced = {
-        row["operation"]: row["seconds"] / row["payload"] for row in collectives if row["payload"] == payloads[-1]
-    }
+    priced = {row["operation"]: row["seconds"] / row["payload"] for row in collectives}  # the largest is the last
     for row in rows[1:]:
         row["exchange_s"] = exchange_seconds(row["strategy"], processes, parameters, priced)
     return rows, collectives

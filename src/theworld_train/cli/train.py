@@ -38,11 +38,10 @@ def train(
         if problems := hub.ensure_local(config, lock, path):
             raise ConfigError(problems)
         config = hub.pin_revisions(config, lock)
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if config.runtime.strategy == "auto":
             from theworld_train.cli.strategy import resolve_strategy
 
-            config = resolve_strategy(config, ranks)
+            config = resolve_strategy(config, int(os.environ.get("WORLD_SIZE", "1")))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from theworld_train.assemble.run import train as run
         from theworld_train.cli.tables import output
