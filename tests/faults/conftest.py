@@ -100,7 +100,7 @@ def launch(tiny: TinyCheckpoint) -> Callable[[Path, int, list[Case]], Launch]:
         paths = [str(root / f"{case.name}.yaml") for case in cases]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
         command += [str(WORKER), str(root), *paths]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert result.returncode == 0, result.stderr[-4000:]
         return Launch(root, [json.loads((root / f"rank-{rank}.json").read_text()) for rank in range(processes)])
 

@@ -82,7 +82,7 @@ class Launches:
         plan.write_text(json.dumps([asdict(item) for item in self._planned]))
         environment = os.environ | SECRETS | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
         command = [sys.executable, str(WORKER), str(plan), str(report)]
-        subprocess.run(command, env=environment, check=True, timeout=400)
+        subprocess.run(command, env=environment, check=True, timeout=550)
         self.ended = {item["name"]: Launched(**item) for item in json.loads(report.read_text())}
 
     def rows(self, run: str, rank: int = 0) -> list[dict[str, Any]]:
@@ -104,6 +104,11 @@ def launches(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> 
             fault = {"how": "SIGKILL", "step": step, "rank": rank % ranks}
             launches.add(f"killed-{ranks}-{cycle}", f"killed-{ranks}", ranks, fault)
         launches.add(f"killed-{ranks}-end", f"killed-{ranks}", ranks)
+        background = {"checkpoint": {"every_steps": 2, "keep_last": 9, "background": True}}
+        for cycle, (step, rank) in enumerate(CYCLES[::4]):
+            fault = {"how": "SIGKILL", "step": step, "rank": rank % ranks}
+            launches.add(f"behind-{ranks}-{cycle}", f"behind-{ranks}", ranks, fault, **background)
+        launches.add(f"behind-{ranks}-end", f"behind-{ranks}", ranks, **background)
     stop = {"how": "SIGSTOP", "step": 3, "rank": 1}
     launches.add("stopped", "stopped", 2, stop, runtime={"timeout_s": TIMEOUT_S})
     launches.add("stopped-end", "stopped", 2)
@@ -137,16 +142,17 @@ def test_all_ranks_end_soon_after_one_is_killed(launches: Launches):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_five_kills_leave_no_trace_in_the_curve(launches: Launches, ranks: int):
+@pytest.mark.parametrize("run", ["killed", "behind"])
+def test_kills_leave_no_trace_in_the_curve(launches: Launches, run: str, ranks: int):
     """Whatever step was taken again came to the same loss, samples and weights, on every rank."""
-    assert launches.ended[f"killed-{ranks}-end"].codes == [0] * ranks
+    assert launches.ended[f"{run}-{ranks}-end"].codes == [0] * ranks
     for rank in range(ranks):
         straight = {row["step"]: row for row in launches.rows(f"straight-{ranks}", rank)}
-        killed = launches.rows(f"killed-{ranks}", rank)
+        killed = launches.rows(f"{run}-{ranks}", rank)
         assert {row["step"] for row in killed} == straight.keys()
         assert len(killed) > STEPS, "some steps were taken again"
         assert all(row == straight[row["step"]] for row in killed)
-    first, second = (checkpoints(launches.root / f"{name}-{ranks}") for name in ("straight", "killed"))
+    first, second = (checkpoints(launches.root / f"{name}-{ranks}") for name in ("straight", run))
     assert [path.name for path in first] == [path.name for path in second]
     verify_checkpoint(second[-1])
 

@@ -46,6 +46,7 @@ def told(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> list
         "loader": {"data": {"train": {"source": "jsonl", "path": str(root / "damaged-{rank}.jsonl")}}},
         "evaluation": {"data": {"eval": {"source": "jsonl", "path": str(root / "damaged-{rank}.jsonl")}}},
         "save": {},
+        "save_behind": {"checkpoint": {"every_steps": 1, "background": True}, "training": {"max_steps": 9}},
         "checkpoints": {"output_dir": str(root / "seen-{rank}"), "resume": "latest", "training": {"max_steps": 3}},
         "last": {},
     }
@@ -68,7 +69,7 @@ def told(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> list
     worker = str(Path(__file__).with_name("worker_ranks.py"))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(
-        [*command, worker, str(root), *paths], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*command, worker, str(root), *paths], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return [json.loads((root / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
@@ -98,8 +99,9 @@ def test_samples_that_one_rank_cannot_read(told: list[dict[str, list[str]]], cas
     assert main_text == f"rank 1: {other_text}"
 
 
-def test_checkpoint_that_cannot_be_written(told: list[dict[str, list[str]]]):
-    (main, main_text), (other, other_text) = (report["save"] for report in told)
+@pytest.mark.parametrize("case", ["save", "save_behind"])
+def test_checkpoint_that_cannot_be_written(case: str, told: list[dict[str, list[str]]]):
+    (main, main_text), (other, other_text) = (report[case] for report in told)
     assert main == "OSError"
     assert "No space left" in main_text
     assert (other, other_text) == ("ConfigError", f"rank 0: OSError: {main_text}")

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 
 TRAINING = {"global_batch_size": 4, "micro_batch_size": 2}
 EVERY = {"every_steps": 1, "keep_last": 20}
+BACKGROUND = EVERY | {"background": True}
 #: To the last rank alone: the others learn of it in the exchange that begins a step.
 TWICE = {"rank": -1, "signals": ["SIGTERM", "SIGTERM", "SIGUSR1"]}
 AGAIN: dict[str, Any] = {"resume": "latest"}
@@ -43,6 +44,14 @@ CASES = [
         {"training": TRAINING | {"max_steps": 11}},
         {"loss": {"rank": -1, "steps": [10], "factor": "100"}},
     ),
+    Case("background", "background", {"checkpoint": BACKGROUND}, {"overtaken": [1, 2, 3, 4, 5]}),
+    Case(
+        "background-stopped",
+        "background-stopped",
+        {"checkpoint": BACKGROUND | {"every_steps": 3}},
+        {"signal": TWICE | {"steps": [4]}},
+    ),
+    Case("background-resumed", "background-stopped", AGAIN | {"checkpoint": BACKGROUND}),
     Case("last", "last", {}),
 ]
 #: Ranks that share what they hold have to agree on what they skip.
@@ -83,6 +92,20 @@ def test_stopped_run_goes_on_bit_for_bit(told: Launch):
     assert told.tensors("stopped", 3) == told.tensors("straight", 3)
     assert told.tensors("stopped", 6) == told.tensors("straight", 6)
     assert told.rows("stopped") == told.rows("straight")
+
+
+def test_checkpoint_is_of_its_step_though_training_goes_on(told: Launch):
+    assert {tuple(ended) for ended in told.ended("background")} == {("", "")}
+    for step in range(1, 7):
+        assert told.tensors("background", step) == told.tensors("straight", step), step
+    assert told.rows("background") == told.rows("straight")
+
+
+def test_stop_waits_for_the_checkpoint_that_is_being_written(told: Launch):
+    (ended,) = {tuple(ended) for ended in told.ended("background-stopped")}
+    assert ended == ("StoppedError", "stopped by a signal after step 3")
+    assert told.tensors("background-stopped", 3) == told.tensors("straight", 3)
+    assert told.tensors("background-stopped", 6) == told.tensors("straight", 6), "of the run that came after it"
 
 
 def test_signal_before_the_first_step_leaves_no_checkpoint(told: Launch):

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Faults:
 
     def begin(self, faults: dict[str, Any]) -> None:
         self.faults = faults
-        self.step = 0
+        self.step = self.taken = 0
         self.ids: dict[int, list[str]] = {}
 
     def here(self, name: str) -> bool:
@@ -52,6 +53,7 @@ class Faults:
             if self.here("signal"):
                 self.signal()
             result = step(trainer, window)
+            self.taken = self.step
             self.ids[self.step] = [name for batch in window.micro_batches for name in batch.sample_ids]
             return result
 
@@ -63,6 +65,8 @@ class Faults:
         def faulty_write(writer: CheckpointWriter, done: int, *args: Any) -> Path:
             if done in self.faults.get("signal", {}).get("saves", []):
                 self.signal()
+            while done in self.faults.get("overtaken", []) and self.taken <= done:
+                time.sleep(0.001)
             return write(writer, done, *args)
 
         Trainer.step = faulty_step  # type: ignore[method-assign]

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 PR_SET_PDEATHSIG = 1
 #: Seconds after which a run that has not ended counts as never doing so.
-PATIENCE_S = 60
+PATIENCE_S = 120
 
 
 class Oracle:

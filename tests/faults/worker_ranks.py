@@ -43,7 +43,7 @@ def main() -> None:
         own = path.with_name(f"{path.stem}.{rank}.yaml")
         own.write_text(path.read_text().replace("{rank}", rank))
         config = load_run_config(own)
-        CheckpointWriter.write = fail if config.name == "save" else write  # type: ignore[method-assign]
+        CheckpointWriter.write = fail if config.name.startswith("save") else write  # type: ignore[method-assign]
         try:
             run.train(config, Console(file=io.StringIO()))
         except ConfigError as error:

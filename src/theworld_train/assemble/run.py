@@ -33,6 +33,7 @@ from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.model.adapters import ADAPTER_SUFFIX
 from theworld_train.train.checkpoint import (
     OPTIMIZER_FILE,
+    BackgroundWriter,
     CheckpointWriter,
     RunRecord,
     Snapshot,
@@ -217,6 +218,7 @@ def _train(
         progress = ProgressDisplay(console, config.name, inheritance.step, steps)
     _start_trackers(config, runtime)
     collator = Collator(inputs.processor, inputs.max_length)
+    saver = RunSaver(config, inputs, loaded, ledger)
     trainer = Trainer(
         config=config,
         ledger=ledger,
@@ -227,13 +229,14 @@ def _train(
         first_step=inheritance.step,
         windows=lambda start, number: _windows(config, inputs, collator, order, runtime, start, number),
         held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, collator, runtime),
-        save=RunSaver(config, inputs, loaded, ledger),
+        save=saver,
         metrics=metrics,
         progress=progress,
     )
     try:
         result = trainer.run()
     finally:
+        saver.close()
         if progress is not None:
             progress.close()
         if metrics is not None:
@@ -319,15 +322,30 @@ class RunSaver:
             ledger=ledger.to_dict(),
         )
         self._writer = CheckpointWriter(Path(config.output_dir), config.checkpoint.keep_last, self._record, carried)
+        self._background = BackgroundWriter(self._writer) if config.checkpoint.background else None
 
     def collect(self, engine: Engine, *, keep: bool) -> Snapshot:
         """See `Saver`."""
-        record = self._record
-        return take_snapshot(record.model, engine, (*record.trained, *record.initialised), keep=keep)
+        record, copy = self._record, self._background is not None
+        return take_snapshot(record.model, engine, (*record.trained, *record.initialised), keep=keep, copy=copy)
 
     def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
         """See `Saver`."""
-        self._writer.write(step, snapshot, rng)
+        (self._background or self._writer).write(step, snapshot, rng)
+
+    def finish(self) -> None:
+        """See `Saver`."""
+        if self._background is not None:
+            self._background.finish()
+
+    def failure(self) -> Exception | None:
+        """See `Saver`."""
+        return None if self._background is None else self._background.failure()
+
+    def close(self) -> None:
+        """Waits until nothing is written any more: the directory is about to be another process's."""
+        if self._background is not None:
+            self._background.close()
 
 
 def _check_output_dir(config: RunConfig, ledger: ParameterLedger) -> None:

@@ -327,6 +327,8 @@ class CheckpointSection(Section):
     """Interval in optimizer steps; only at the end if absent."""
     keep_last: PositiveInt = 2
     """Checkpoints that stay; older ones are removed once a newer one is whole."""
+    background: bool = False
+    """Write while training goes on; the main rank holds a copy of what it saves in host memory meanwhile."""
 
 
 class TrackingSection(Section):

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 from collections.abc import Collection, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,7 +105,12 @@ class Snapshot:
 
 
 def take_snapshot(
-    model: TheWorldForConditionalGeneration, engine: Engine, components: Collection[str], *, keep: bool
+    model: TheWorldForConditionalGeneration,
+    engine: Engine,
+    components: Collection[str],
+    *,
+    keep: bool,
+    copy: bool = False,
 ) -> Snapshot:
     """Puts together what the ranks hold; every rank calls it.
 
@@ -113,6 +119,7 @@ def take_snapshot(
         engine: Holds its weights and the optimizer.
         components: Components and adapters whose weights are wanted.
         keep: Whether this rank writes the checkpoint; on others the snapshot stays empty.
+        copy: Whether it has to stay as it is while training goes on.
     """
     snapshot = Snapshot()
     for component, module in component_modules(model).items():
@@ -124,18 +131,18 @@ def take_snapshot(
             for name, parameter in parameters.items():
                 tensor = engine.whole(parameter)
                 if keep:
-                    kept[name] = _host(tensor)
+                    kept[name] = _host(tensor, copy=copy)
         if adapter in components:
             snapshot.metadata[adapter] = adapter_metadata(module)
     for name, parameter in trained_parameters(model).items():
         slots = engine.slots(parameter)
         if keep:
-            snapshot.optimizer.update({f"{name}::{slot}": _host(value) for slot, value in slots.items()})
+            snapshot.optimizer.update({f"{name}::{slot}": _host(value, copy=copy) for slot, value in slots.items()})
     return snapshot
 
 
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()
+def _host(tensor: Tensor, *, copy: bool) -> Tensor:
+    return tensor.detach().to("cpu", copy=copy).contiguous()
 
 
 class Saver(Protocol):
@@ -146,7 +153,18 @@ class Saver(Protocol):
         ...
 
     def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
-        """Writes the checkpoint of a step, given each rank's random state; the rank that kept the snapshot calls it."""
+        """Writes the checkpoint of a step, given each rank's random state; the rank that kept the snapshot calls it.
+
+        It may return before all is written.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Waits until all is written, and raises what has gone wrong with it; the rank that writes calls it."""
+        ...
+
+    def failure(self) -> Exception | None:
+        """Returns what has gone wrong with a write that has ended meanwhile, without waiting."""
         ...
 
 
@@ -252,6 +270,37 @@ class CheckpointWriter:
         record.processor.save_pretrained(directory)
         if record.model.generation_config is not None:
             record.model.generation_config.save_pretrained(directory)
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread, one at a time."""
+
+    def __init__(self, writer: CheckpointWriter) -> None:
+        """Args: writer: does the writing."""
+        self._writer = writer
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._write: Future[Path] | None = None
+
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+        """Begins to write; the one before is finished first."""
+        self.finish()
+        self._write = self._executor.submit(self._writer.write, step, snapshot, rng)
+
+    def finish(self) -> None:
+        """See `Saver`."""
+        write, self._write = self._write, None
+        if write is not None:
+            write.result()
+
+    def failure(self) -> Exception | None:
+        """See `Saver`."""
+        error = self._write.exception() if self._write is not None and self._write.done() else None
+        assert error is None or isinstance(error, Exception)
+        return error
+
+    def close(self) -> None:
+        """Waits until all is written, whatever comes of it."""
+        self._executor.shutdown()
 
 
 def retire(directory: Path, keep: int) -> list[Path]:
@@ -369,9 +418,7 @@ def seal(directory: Path, facts: dict[str, Any]) -> None:
 def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file that is readable for others as the umask says; the library makes it private."""
     save_file(tensors, path, metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -168,10 +168,12 @@ class Trainer:
                 window, error = take(windows)
                 waited = time.perf_counter() - started
                 try:
-                    result = self.step(window or error or AssertionError("the data have ended before the run"))
+                    failed = error if self._save is None else error or self._save.failure()
+                    result = self.step(failed or window or AssertionError("the data have ended before the run"))
                 except StoppedError as stopped:
                     if stopped.step > saved:
                         self._checkpoint(stopped.step)
+                    self._finish_saving(stopped.step)
                     raise
                 if check is not None and not result.skipped:
                     self._agree(check, result, done)
@@ -186,6 +188,7 @@ class Trainer:
                 if self._is_due(done, self._config.evaluation.every_steps):
                     evaluation = self._evaluate(done)
                 started = time.perf_counter()
+        self._finish_saving(self._max_steps)
         resources = self._resources(times)
         if check is not None and self._first_step < self._max_steps:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
@@ -367,12 +370,20 @@ class Trainer:
     def _checkpoint(self, done: int) -> None:
         if self._save is None:
             return
-        self._runtime.enter("saving", done, patience=SAVE_PATIENCE)
+        self._finish_saving(done)
         states = self._runtime.gather(random_state())
         snapshot = self._save.collect(self._engine, keep=self._runtime.is_main)
         with self._runtime.agreement():
             if self._runtime.is_main:
                 self._save.write(done, snapshot, states)
+
+    def _finish_saving(self, done: int) -> None:
+        """Waits until the checkpoint before is written: one copy of what is saved is enough."""
+        if self._save is not None:
+            self._runtime.enter("saving", done, patience=SAVE_PATIENCE)
+            with self._runtime.agreement():
+                if self._runtime.is_main:
+                    self._save.finish()
 
     def _say(self, text: str) -> None:
         if self._progress is not None:
