@@ -8,6 +8,7 @@ import torch
 
 from theworld_train.config import parse_run_config
 from theworld_train.config.schema import RunConfig
+from theworld_train.model.attention import BANDED
 from theworld_train.model.build import build_on_meta
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
@@ -19,7 +20,7 @@ EVERYTHING = ("world_projector", "vision_tower", "multi_modal_projector", "langu
 RESOLUTION = 32
 
 
-def architecture(attention: str = "sdpa", **text: Any) -> TheWorldConfig:
+def architecture(attention: str = BANDED, **text: Any) -> TheWorldConfig:
     """Returns a model with every part of the full one, small."""
     sizes = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4} | {
         "num_key_value_heads": 2,
@@ -43,7 +44,10 @@ def architecture(attention: str = "sdpa", **text: Any) -> TheWorldConfig:
         eoi_token_index=507,
         image_token_index=508,
     )
-    config._attn_implementation = attention
+    config._attn_implementation = {
+        "text_config": attention,
+        "vision_config": "eager" if attention == "eager" else "sdpa",
+    }
     return config
 
 

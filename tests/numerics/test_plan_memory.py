@@ -24,6 +24,13 @@ PROJECTION = ("world_projector",)
 LANGUAGE = ("world_projector", "language_model")
 
 
+@pytest.mark.parametrize(("checkpointing", "most"), [(True, 13), (False, 37)])
+def test_the_published_workload_takes_a_seventh_of_its_memory(checkpointing: bool, most: float):
+    override = f"training.gradient_checkpointing={str(checkpointing).lower()}"
+    config = load_run_config(CONFIGS / "reference" / "fast-projection.yaml", [override])
+    assert dry_run(config, supervised=300, steps=1).timeline().peak().total < most * GIB
+
+
 @pytest.mark.parametrize(("name", "published"), [("published-projection", 89.92), ("published-gemma-only", 47.18)])
 def test_published_measurements_are_planned_from_their_configs(name: str, published: float):
     run = dry_run(load_run_config(CONFIGS / "reference" / f"{name}.yaml"))
