@@ -33,7 +33,7 @@ from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.ledger import trainable_components
 from theworld_train.train.stage import StageModule
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 #: World tokens of a sample, its text and supervised part. An image takes 256 tokens and two brackets.
 WORLD_TOKENS, TEXT, SUPERVISED = 1024, 64, 32
 #: Positions of the attention that is measured by itself.

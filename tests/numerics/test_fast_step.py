@@ -107,6 +107,25 @@ def test_the_trainers_attention_gets_a_layout_and_no_mask(
     assert {window for _, window in seen} == {128, None}
 
 
+@pytest.mark.parametrize(
+    ("trainable", "lockstep", "calls"),
+    [(PROJECTION, False, 1), (PROJECTION, True, 2), (FULL, False, 2)],
+    ids=["frozen", "gathered", "trained"],
+)
+def test_the_head_is_computed_once_where_it_is_frozen_and_whole(
+    trainable: tuple[str, ...], lockstep: bool, calls: int, tiny: TinyCheckpoint, batch: Batch
+):
+    config = config_of(tiny, trainable)
+    model = load_model(config, trainable_components(config)).model
+    stage = build_stage(model, config)
+    stage.set_training_modes()
+    stage.lockstep = lockstep
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    stage(batch, stage.encode(batch), 2).loss_sum.backward()
+    assert len(seen) == (calls if calls == 1 else 2 * calls)
+
+
 def test_flex_attention_is_refused_where_it_has_no_backward_pass(tiny: TinyCheckpoint):
     if torch.cuda.is_available():
         pytest.skip("it has one here")

@@ -175,7 +175,7 @@ class StepSettings:
     trainable: frozenset[Component]
     gradient_checkpointing: bool = True
     attention: Attention = "banded"
-    chunk_size: int = 256
+    chunk_size: int = 1024
     precision: Precision = "bf16"
     world_encoder_precision: Precision = "fp32"
     cached: frozenset[Component] = frozenset()

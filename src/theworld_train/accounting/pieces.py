@@ -24,6 +24,8 @@ Attention = Literal["sdpa", "eager", "structured", "banded"]
 STRUCTURED_BLOCK = 128
 #: Queries that banded attention gives to one call of the kernel.
 BANDED_BLOCK = 512
+#: Its stretches of keys begin at multiples of so many, and end there unless the sequence does.
+BANDED_ALIGNMENT = 16
 
 #: Bytes that PyTorch's operators move for one element in the forward pass: bf16 in and out, fp32 inside where the
 #: model computes in fp32. The backward pass moves twice as much.
@@ -99,8 +101,10 @@ def attended_pairs(positions: int, window: int | None, attention: AttentionWork)
     """
     if attention.kind == "banded":
         starts = range(0, positions, BANDED_BLOCK)
-        blocks = ((start, min(positions, start + BANDED_BLOCK)) for start in starts)
-        return sum((end - start) * (end - max(0, start - (window or positions) + 1)) for start, end in blocks)
+        blocks = [(start, min(positions, start + BANDED_BLOCK)) for start in starts]
+        seen = window or positions
+        firsts = (max(0, start - seen + 1) // BANDED_ALIGNMENT * BANDED_ALIGNMENT for start, _ in blocks)
+        return sum((end - start) * (end - first) for (start, end), first in zip(blocks, firsts, strict=True))
     if attention.kind != "structured":
         return positions**2
     pairs = _causal_pairs(positions, positions if window is None else window, attention.block)

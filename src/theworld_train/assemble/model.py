@@ -61,7 +61,7 @@ def load_model(
         ConfigError: If weights are missing, or the checkpoint does not fit them.
     """
     world = config.model.world
-    if config.model.attention == "flex" and not torch.cuda.is_available():
+    if trainable and config.model.attention == "flex" and not torch.cuda.is_available():
         hint = "use banded, which computes the same"
         raise ConfigError(Problem("has no backward pass on a CPU", key="model.attention", value="flex", hint=hint))
     torch.manual_seed(config.seed)

@@ -295,7 +295,7 @@ class TrainingSection(Section):
     loss: Literal["chunked", "reference_4_56"] = "chunked"
     """`chunked`: logits at supervised positions alone, in chunks; `reference_4_56`: as Gemma 3 in transformers 4.56,
     fp32 logits of all positions and a shifted copy of them, for comparison with other trainers."""
-    loss_chunk_size: PositiveInt = 256
+    loss_chunk_size: PositiveInt = 1024
     """Supervised positions whose logits are held at once."""
     max_skipped_steps: PositiveInt = 3
     """Steps in a row that may be skipped, as their gradient is not finite, before the run ends."""

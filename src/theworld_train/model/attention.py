@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from theworld_train.accounting.pieces import BANDED_BLOCK
+from theworld_train.accounting.pieces import BANDED_ALIGNMENT, BANDED_BLOCK
 
 #: Names of the two ways, as transformers knows them.
 BANDED, FLEX = "theworld_banded", "theworld_flex"
@@ -99,8 +99,14 @@ class SequenceLayout:
         if window is not None:
             first = first.maximum(place - window + 1)
         firsts, ends = first.amin(0).tolist(), end.amax(0).tolist()
-        blocks = [(start, min(length, start + BANDED_BLOCK)) for start in range(0, length, BANDED_BLOCK)]
-        return [((start, stop), (min(firsts[start:stop]), max(ends[start:stop]))) for start, stop in blocks]
+        found = []
+        for start in range(0, length, BANDED_BLOCK):
+            stop = min(length, start + BANDED_BLOCK)
+            # Kernels copy what is added to the scores where its rows are no multiple of so many keys.
+            first = min(firsts[start:stop]) // BANDED_ALIGNMENT * BANDED_ALIGNMENT
+            end = -(-max(ends[start:stop]) // BANDED_ALIGNMENT) * BANDED_ALIGNMENT
+            found.append(((start, stop), (first, min(length, end))))
+        return found
 
     def bias(self, index: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
         """Returns what is added to the scores of one of `stretches`.
@@ -178,7 +184,7 @@ def banded_attention(
 
 
 class _Stretches(torch.autograd.Function):
-    """Views of stretches of a sequence; their gradients are added into one tensor, not each into a whole one."""
+    """Views of stretches of a sequence; their gradients are added into one fp32 tensor, not each into a whole one."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, stretches: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:  # noqa: ANN401
@@ -187,10 +193,10 @@ class _Stretches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        total = gradients[0].new_zeros(ctx.shape)
+        total = gradients[0].new_zeros(ctx.shape, dtype=torch.float32)
         for (first, end), gradient in zip(ctx.stretches, gradients, strict=True):
             total[:, :, first:end] += gradient
-        return total, None
+        return total.to(gradients[0].dtype), None
 
 
 def flex_attention(

@@ -65,7 +65,8 @@ class KnowingFakeMode(RememberingFakeMode):
             return
         with unset_fake_temporarily(), torch.no_grad():
             real_args, real_kwargs = tree_map_only(Tensor, known_value, (args, kwargs))
-            values = tree_flatten(func(*real_args, **real_kwargs))[0]
+            made = tree_flatten(func(*real_args, **real_kwargs))[0]
+        values = [leaf for leaf in made if isinstance(leaf, Tensor)]
         for leaf, value in zip(results, values, strict=True):
             setattr(leaf, _VALUE, value)
 

@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from theworld_train.batch import IGNORE_INDEX
 
+#: Positions of a chunk where nothing is computed twice, so that small ones cost nothing.
+FROZEN_CHUNK = 256
+
 
 class LossOutput(NamedTuple):
     """What a forward pass yields.
@@ -66,7 +69,7 @@ def supervised_loss(
     states, targets = hidden[:, :-1][places], labels[:, 1:][places]
     assert len(targets) <= chunks * chunk_size, f"{len(targets)} supervised positions do not fit {chunks} chunks"
     if frozen_head and not want_predictions and torch.is_grad_enabled() and hidden.requires_grad:
-        total: Tensor = _FrozenHeadLoss.apply(states, targets, head, chunk_size)  # type: ignore[no-untyped-call]
+        total: Tensor = _FrozenHeadLoss.apply(states, targets, head, min(chunk_size, FROZEN_CHUNK))  # type: ignore[no-untyped-call]
         return LossOutput(total, None)
 
     def compute(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from theworld_train.accounting.pieces import BANDED_BLOCK, AttentionWork, attended_pairs
+from theworld_train.accounting.pieces import BANDED_ALIGNMENT, BANDED_BLOCK, AttentionWork, attended_pairs
 from theworld_train.model import attention
 from theworld_train.model.attention import SequenceLayout, banded_attention, flex_attention
 
@@ -64,6 +64,7 @@ def dense(
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that image blocks and windows reach across."""
     monkeypatch.setattr(attention, "BANDED_BLOCK", 8)
+    monkeypatch.setattr(attention, "BANDED_ALIGNMENT", 1)
 
 
 def drawn(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,11 +124,34 @@ def test_documents_that_are_packed_cost_what_they_cost_alone():
 @pytest.mark.parametrize("window", [None, 200])
 def test_scores_computed_are_those_that_are_counted(window: int | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attention, "BANDED_BLOCK", BANDED_BLOCK)
+    monkeypatch.setattr(attention, "BANDED_ALIGNMENT", BANDED_ALIGNMENT)
     layout = SequenceLayout.of(torch.ones(1, 1300))
     tensor = torch.zeros(1, 1, 1300, 8)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         banded_attention(tensor, tensor, tensor, layout, window=window, scale=1.0)
     assert counter.get_total_flops() == 4 * 8 * attended_pairs(1300, window, AttentionWork("banded"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_are_added_to_scores_are_aligned_for_kernels(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(attention, "BANDED_ALIGNMENT", 4)
+    layout = draw_layout(torch.Generator().manual_seed(0), kind)
+    for window in (None, 12):
+        for _, (first, end) in layout.stretches(window):
+            assert first % 4 == 0
+            assert end % 4 == 0 or end == LENGTH
+
+
+def test_gradients_of_keys_are_added_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    layout, exact = draw_layout(generator, "plain"), drawn(generator)
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    expected, actual = (
+        torch.autograd.grad(banded_attention(*tensors, layout, window=None, scale=0.3).float().sum(), tensors[1])[0]
+        for tensors in ([tensor.detach().float().requires_grad_() for tensor in rounded], rounded)
+    )
+    assert actual.dtype is torch.bfloat16
+    assert float((actual - expected).norm() / expected.norm()) < 6e-3
 
 
 def test_a_sliding_layer_never_reaches_further_than_its_window():
