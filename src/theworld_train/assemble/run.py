@@ -140,10 +140,11 @@ def train(config: RunConfig, console: Console, predict: Predict | None = None) -
                 ledger = ledger_of(config)
                 check_expectation(ledger, config)
                 optimizer_class(config.optimizer.name)  # answers now if its library is missing
-                _check_output_dir(config, ledger)
+                _check_output_dir(config)
             with runtime.agreement():
                 if is_main:
                     _take_directory(config, held, console)
+                    _check_space(Path(config.output_dir), ledger)
             with runtime.watched(Path(config.output_dir), config.runtime.timeout_s):
                 with runtime.agreement():
                     checkpoint, resume = starting_checkpoint(config)
@@ -348,8 +349,8 @@ class RunSaver:
             self._background.close()
 
 
-def _check_output_dir(config: RunConfig, ledger: ParameterLedger) -> None:
-    """Makes sure that the run directory can be written to, and that a checkpoint fits there."""
+def _check_output_dir(config: RunConfig) -> None:
+    """Makes sure that the run directory can be written to."""
     directory = Path(config.output_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -360,11 +361,15 @@ def _check_output_dir(config: RunConfig, ledger: ParameterLedger) -> None:
         raise ConfigError(
             Problem(f"cannot be written to: {error.strerror}", key="output_dir", value=config.output_dir)
         ) from error
+
+
+def _check_space(directory: Path, ledger: ParameterLedger) -> None:
+    """Makes sure that a checkpoint fits, now that remains of earlier ones are gone."""
     free = shutil.disk_usage(directory).free
     if ledger.saved_bytes > free:
         message = f"a checkpoint takes {ledger.saved_bytes:,} bytes, but {free:,} are free there"
         hint = "free some, or choose another output_dir"
-        raise ConfigError(Problem(message, key="output_dir", value=config.output_dir, hint=hint))
+        raise ConfigError(Problem(message, key="output_dir", value=str(directory), hint=hint))
 
 
 def _start_trackers(config: RunConfig, runtime: Runtime) -> None:

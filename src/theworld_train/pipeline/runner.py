@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from theworld_train.train.stopping import SAVED_AND_STOPPED, STOP_SIGNALS
 
 #: `prctl` option: the signal that the kernel sends to a process when its parent ends.
 PR_SET_PDEATHSIG = 1
+#: Seconds that a stage has to end after Ctrl-C, and again after SIGTERM.
+ENDING_S = 10
 RESULT_FILE = "result.json"
 EVALUATION_FILE = "evaluation.json"
 SUMMARY_FILE = "summary.json"
@@ -145,14 +149,21 @@ def _call(stage: str, command: Sequence[str]) -> None:
         StageFailedError: If it ends with another exit code than 0.
     """
     # Blocked until there is a process to pass them on to; the process begins as if they were not.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    process = subprocess.Popen(command, preexec_fn=_begin_stage)
-    before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in STOP_SIGNALS}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    own, mask = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        process = subprocess.Popen(command, preexec_fn=lambda: _begin_stage(own))
+        before = {
+            number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in STOP_SIGNALS
+        }
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         returncode = process.wait()
-    except BaseException:  # such as Ctrl-C, which the terminal sends to the stage too
-        process.kill()
+    except BaseException:  # such as Ctrl-C, which the terminal sends to the stage too: it gets time to end its ranks
+        for end in (process.terminate, process.kill):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_S)
+            end()  # nothing, if it has ended
         process.wait()
         raise
     finally:
@@ -162,10 +173,12 @@ def _call(stage: str, command: Sequence[str]) -> None:
         raise StageFailedError(stage, command, returncode)
 
 
-def _begin_stage() -> None:
+def _begin_stage(pipeline: int) -> None:
     """Has a stage stop when the pipeline's process ends in whatever way, and take signals again."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != pipeline:
+        os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar, cast
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -222,7 +223,8 @@ class Runtime:
     @contextmanager
     def watched(self, directory: Path, timeout_s: float) -> Generator[None]:
         """Runs a block in which this rank has to move on, and says in the run's directory where it is."""
-        with Watchdog(directory, self.rank, self.world_size, timeout_s) as self._watchdog:
+        launch = self.gather(uuid4().hex[:8])[0]
+        with Watchdog(directory, self.rank, self.world_size, timeout_s, launch) as self._watchdog:
             yield
         self._watchdog = None
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-#: Of a run directory; holds `rank-R.json` and, once the run is stuck, `rank-R.stacks`.
+#: Of a run directory; holds `rank-R.json` and, once the run is stuck, `rank-R.LAUNCH.stacks`.
 HEARTBEATS = "heartbeat"
 #: Exit code of ranks that have waited in vain; sysexits.h calls it a service that is unavailable.
 STUCK = 69
@@ -64,7 +64,7 @@ class Watchdog:
     once in an interval, so that steps never wait for the file system.
     """
 
-    def __init__(self, directory: Path, rank: int, world_size: int, limit_s: float) -> None:
+    def __init__(self, directory: Path, rank: int, world_size: int, limit_s: float, launch: str = "") -> None:
         """Begins with the loading of the model.
 
         Args:
@@ -72,9 +72,10 @@ class Watchdog:
             rank: This process's rank.
             world_size: Number of ranks; a single one waits for nobody, and only writes.
             limit_s: Seconds without a beat after which the run is stuck.
+            launch: Tells this launch from others: a rank of an earlier one may wake and write its stacks after all.
         """
         self._directory, self._folder = directory, directory / HEARTBEATS
-        self._rank, self._world_size, self._limit_s = rank, world_size, limit_s
+        self._rank, self._world_size, self._limit_s, self._launch = rank, world_size, limit_s, launch
         self._interval_s = min(INTERVAL_S, limit_s / 10)
         self._own = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
         self._written: Place | None = None
@@ -109,17 +110,17 @@ class Watchdog:
     ) -> None:
         """Ends the thread; the last heartbeat stays."""
         self._done.set()
-        self._thread.join()
+        self._thread.join(COLLECT_S)  # unless the file system holds it: then it ends with the process
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
         while not self._done.wait(self._interval_s):
             here = self._place
-            self._write(here)
             late = time.monotonic() - here.since > self._limit_s * here.patience
             if self._world_size > 1 and (late or self._noticed()):
                 self._end()
+            self._write(here)
 
     def _write(self, here: Place) -> None:
         if here is self._written:
@@ -130,12 +131,22 @@ class Watchdog:
             self._written = here
 
     def _noticed(self) -> list[int]:
-        """Returns the ranks that have written their stacks."""
-        return sorted(int(path.stem.removeprefix("rank-")) for path in self._folder.glob("rank-*.stacks"))
+        """Returns the ranks of this launch that have written their stacks, as far as the file system answers."""
+        with suppress(OSError):
+            written = self._folder.glob(f"rank-*.{self._launch}.stacks")
+            return sorted(int(path.name.split(".")[0].removeprefix("rank-")) for path in written)
+        return []
+
+    def _stacks_file(self, rank: int) -> Path:
+        return self._folder / f"rank-{rank}.{self._launch}.stacks"
 
     def _end(self) -> None:
+        last = threading.Timer(3 * COLLECT_S, os._exit, (STUCK,))  # should the file system be what holds the run
+        last.daemon = True
+        last.start()
         try:
-            _replace(self._folder / f"rank-{self._rank}.stacks", _stacks())
+            self._write(self._place)
+            _replace(self._stacks_file(self._rank), _stacks())
             deadline = time.monotonic() + COLLECT_S
             while len(self._noticed()) < self._world_size and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -155,7 +166,7 @@ class Watchdog:
             if rank not in noticed:
                 lines[-1] += " -- says nothing any more: stopped, killed or cut off; this was its last heartbeat"
         for rank in noticed:
-            lines += [f"\n== stacks of rank {rank}", (self._folder / f"rank-{rank}.stacks").read_text()]
+            lines += [f"\n== stacks of rank {rank}", self._stacks_file(rank).read_text()]
         report = "\n".join(lines)
         print(report, file=sys.stderr, flush=True)
         _replace(self._directory / f"stuck-step-{self._place.step}.txt", report)
