@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 #: Checkpoints that stay of those that `save` writes.
 KEPT = 2
 #: Writes the checkpoint of a step into a run directory.
-Save = Callable[[Path, int], Path]
+Save = Callable[..., Path]
 WORKER = Path(__file__).with_name("worker_faults.py")
 
 
@@ -125,8 +125,8 @@ def save(tiny: TinyCheckpoint) -> Save:
         ledger={},
     )
 
-    def write(directory: Path, step: int) -> Path:
-        values = torch.full((512, 512), float(step))
+    def write(directory: Path, step: int, side: int = 512) -> Path:
+        values = torch.full((side, side), float(step))
         snapshot = Snapshot({"world_projector": {"weight": values}}, {}, {"weight::exp_avg": values})
         return CheckpointWriter(directory, KEPT, record, {}).write(step, snapshot, [random_state()])
 

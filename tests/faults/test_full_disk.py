@@ -34,7 +34,7 @@ def disk(tmp_path: Path) -> Generator[Path]:
 
 def test_disk_that_fills_up_costs_only_the_checkpoint_that_did_not_fit(disk: Path, save: Save):
     before = shutil.disk_usage(disk).free
-    first = save(disk / "run", 2)
+    first = save(disk / "run", 2, side=64)
     size = before - shutil.disk_usage(disk).free
     page = os.sysconf("SC_PAGE_SIZE")
     refused = 0
@@ -42,7 +42,7 @@ def test_disk_that_fills_up_costs_only_the_checkpoint_that_did_not_fit(disk: Pat
         with (disk / "filler").open("wb") as filler:
             os.posix_fallocate(filler.fileno(), 0, shutil.disk_usage(disk).free - room)
         with pytest.raises(ConfigError) as caught:
-            save(disk / "run", 4)
+            save(disk / "run", 4, side=64)
         assert str(disk / "run") in str(caught.value)
         assert f"; {room:,} bytes are free" in str(caught.value)
         refused += "more than are free" in str(caught.value)
@@ -51,4 +51,4 @@ def test_disk_that_fills_up_costs_only_the_checkpoint_that_did_not_fit(disk: Pat
         verify_checkpoint(first)
         (disk / "filler").unlink()
     assert 0 < refused < POINTS / 2, "most of them have begun to write"
-    verify_checkpoint(save(disk / "run", 4))
+    verify_checkpoint(save(disk / "run", 4, side=64))

@@ -116,7 +116,7 @@ def launched(tiny: TinyCheckpoint, tmp_path: Path) -> Generator[tuple[subprocess
     processes: list[int] = []
     try:
         metrics = tmp_path / "run/metrics.jsonl"
-        until(lambda: launcher.poll() is not None or (metrics.is_file() and metrics.stat().st_size))
+        until(lambda: launcher.poll() is not None or (metrics.is_file() and read_metrics(metrics, "train")))
         assert launcher.poll() is None, (tmp_path / "log").read_text()[-4000:]
         processes = descendants(launcher.pid)
         assert len(processes) == 4, "two ranks with a data worker each"
