@@ -104,27 +104,36 @@ def launches(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> 
             fault = {"how": "SIGKILL", "step": step, "rank": rank % ranks}
             launches.add(f"killed-{ranks}-{cycle}", f"killed-{ranks}", ranks, fault)
         launches.add(f"killed-{ranks}-end", f"killed-{ranks}", ranks)
-        background = {"checkpoint": {"every_steps": 2, "keep_last": 9, "background": True}}
-        for cycle, (step, rank) in enumerate(CYCLES[::4]):
-            fault = {"how": "SIGKILL", "step": step, "rank": rank % ranks}
-            launches.add(f"behind-{ranks}-{cycle}", f"behind-{ranks}", ranks, fault, **background)
-        launches.add(f"behind-{ranks}-end", f"behind-{ranks}", ranks, **background)
     stop = {"how": "SIGSTOP", "step": 3, "rank": 1}
     launches.add("stopped", "stopped", 2, stop, runtime={"timeout_s": TIMEOUT_S})
     launches.add("stopped-end", "stopped", 2)
     slow = {"how": "slow save", "rank": 0, "seconds": 3}
     launches.add("slow", "slow", 2, slow, runtime={"timeout_s": 1}, checkpoint={})
-    for ranks in (1, 2):
-        launches.add(f"long-{ranks}", f"long-{ranks}", ranks, training={"max_steps": LONG})
-        fault = {"how": "SIGKILL", "step": MIDDLE + 1, "rank": 0}
-        every = {"every_steps": MIDDLE}
-        run = f"from-{ranks}-to-{3 - ranks}"
-        launches.add(f"{run}-begun", run, ranks, fault, training={"max_steps": LONG}, checkpoint=every)
-        launches.add(f"{run}-ended", run, 3 - ranks, training={"max_steps": LONG}, checkpoint=every)
     tracking = {"trackers": ["wandb", "tensorboard"]}
     launches.add("crashed", "crashed", 1, {"how": "crash", "rank": 0, "step": 3}, tracking=tracking)
     launches.launch()
     return launches
+
+
+@pytest.fixture(scope="module")
+def slow_launches(launches: Launches) -> Launches:
+    """Those that take long, beside the others."""
+    more = Launches(launches.tiny, launches.root)
+    for ranks in (1, 2):
+        background = {"checkpoint": {"every_steps": 2, "keep_last": 9, "background": True}}
+        for cycle, (step, rank) in enumerate(CYCLES[::4]):
+            fault = {"how": "SIGKILL", "step": step, "rank": rank % ranks}
+            more.add(f"behind-{ranks}-{cycle}", f"behind-{ranks}", ranks, fault, **background)
+        more.add(f"behind-{ranks}-end", f"behind-{ranks}", ranks, **background)
+        more.add(f"long-{ranks}", f"long-{ranks}", ranks, training={"max_steps": LONG})
+        fault = {"how": "SIGKILL", "step": MIDDLE + 1, "rank": 0}
+        every = {"every_steps": MIDDLE}
+        run = f"from-{ranks}-to-{3 - ranks}"
+        more.add(f"{run}-begun", run, ranks, fault, training={"max_steps": LONG}, checkpoint=every)
+        more.add(f"{run}-ended", run, 3 - ranks, training={"max_steps": LONG}, checkpoint=every)
+    more.launch()
+    more.ended |= launches.ended
+    return more
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -142,8 +151,17 @@ def test_all_ranks_end_soon_after_one_is_killed(launches: Launches):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("run", ["killed", "behind"])
-def test_kills_leave_no_trace_in_the_curve(launches: Launches, run: str, ranks: int):
+def test_kills_leave_no_trace_in_the_curve(launches: Launches, ranks: int):
+    assert_no_trace(launches, "killed", ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_leave_no_trace_either_where_saves_are_written_meanwhile(slow_launches: Launches, ranks: int):
+    assert_no_trace(slow_launches, "behind", ranks)
+
+
+def assert_no_trace(launches: Launches, run: str, ranks: int) -> None:
     """Whatever step was taken again came to the same loss, samples and weights, on every rank."""
     assert launches.ended[f"{run}-{ranks}-end"].codes == [0] * ranks
     for rank in range(ranks):
@@ -183,12 +201,13 @@ def test_save_that_takes_long_is_no_alarm(launches: Launches):
     assert launches.ended["slow"].codes == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_run_goes_on_with_another_number_of_ranks(launches: Launches, ranks: int):
+def test_run_goes_on_with_another_number_of_ranks(slow_launches: Launches, ranks: int):
     run = f"from-{ranks}-to-{3 - ranks}"
-    assert launches.ended[f"{run}-ended"].codes == [0] * (3 - ranks)
-    straight = global_rows(launches, f"long-{ranks}", ranks)
-    changed = global_rows(launches, run, 2)
+    assert slow_launches.ended[f"{run}-ended"].codes == [0] * (3 - ranks)
+    straight = global_rows(slow_launches, f"long-{ranks}", ranks)
+    changed = global_rows(slow_launches, run, 2)
     assert list(straight) == list(changed) == list(range(1, LONG + 1))
     for step, (ids, loss) in straight.items():
         assert changed[step][0] == ids

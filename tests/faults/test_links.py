@@ -27,7 +27,7 @@ STEPS, MOMENT_AT, END_AT = 100, 5, 45
 #: Seconds after which what should have happened counts as never doing so.
 PATIENCE_S = 150
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture
