@@ -29,6 +29,8 @@ REPORT_S = 30
 LOADING_PATIENCE = 3
 #: Seconds that the other ranks have to write their stacks once one of them has noticed.
 COLLECT_S = 3.0
+#: Seconds after which a rank that has noticed ends, whatever the file system does.
+LAST_S = 10.0
 
 
 def clear_heartbeats(directory: Path) -> None:
@@ -141,7 +143,7 @@ class Watchdog:
         return self._folder / f"rank-{rank}.{self._launch}.stacks"
 
     def _end(self) -> None:
-        last = threading.Timer(3 * COLLECT_S, os._exit, (STUCK,))  # should the file system be what holds the run
+        last = threading.Timer(LAST_S, os._exit, (STUCK,))  # should the file system be what holds the run
         last.daemon = True
         last.start()
         try:
@@ -153,6 +155,7 @@ class Watchdog:
             if self._rank == min(self._noticed()):
                 self._report()
         finally:
+            last.cancel()
             os._exit(STUCK)
 
     def _report(self) -> None:

@@ -79,12 +79,22 @@ def test_rank_that_stays_behind_ends_and_says_where(tmp_path: Path, ended: threa
 
 
 def test_only_one_rank_reports(tmp_path: Path, ended: threading.Event):
-    with Watchdog(tmp_path, 1, 2, 1000.0) as watchdog:
+    with Watchdog(tmp_path, 1, 2, 1000.0, "now") as watchdog:
         watchdog._interval_s = LIMIT_S
-        (tmp_path / HEARTBEATS / "rank-0.stacks").write_text("of rank 0")
+        (tmp_path / HEARTBEATS / "rank-0.now.stacks").write_text("of rank 0")
         assert ended.wait(PATIENCE_S), "it ends with the one that has noticed"
-    assert (tmp_path / HEARTBEATS / "rank-1.stacks").is_file()
+    assert (tmp_path / HEARTBEATS / "rank-1.now.stacks").is_file()
     assert not list(tmp_path.glob("stuck-*"))
+
+
+def test_rank_of_an_earlier_launch_that_wakes_ends_nobody(
+    tmp_path: Path, ended: threading.Event, looked: Callable[[int], None]
+):
+    with Watchdog(tmp_path, 1, 2, 1000.0, "now") as watchdog:
+        watchdog._interval_s = LIMIT_S
+        (tmp_path / HEARTBEATS / "rank-0.before.stacks").write_text("of rank 0")
+        looked(5)
+        assert not ended.is_set()
 
 
 @pytest.mark.parametrize(("ranks", "patience"), [(2, 1000.0), (1, 1.0)], ids=["patient", "alone"])
