@@ -10,7 +10,6 @@ writes a record with hardware and versions into benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measuring import RETURNING_MEMORY, table, write_record
+from measuring import RETURNING_MEMORY, high_water, random_model, reset_high_water, table, write_record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,8 +98,7 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
 
     from theworld_train.assemble.model import build_stage, move
     from theworld_train.data import Window
-    from theworld_train.model.build import build_on_meta
-    from theworld_train.plan.dry_run import materialise, sample_shape, synthetic_batch
+    from theworld_train.plan.dry_run import sample_shape, synthetic_batch
     from theworld_train.train.freeze import apply_trainable
     from theworld_train.train.groups import build_optimizer
     from theworld_train.train.ledger import build_ledger, trainable_components
@@ -111,15 +109,8 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
         import deepspeed  # noqa: F401 (its own memory is none of the step's)
     config, architecture = describe(strategy)
     runtime = Runtime(config)
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    before = _status("VmRSS")
-    torch.manual_seed(0)
-    model = build_on_meta(architecture)
-    materialise(model, torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    before = reset_high_water()
+    model = random_model(architecture, torch.bfloat16)
     apply_trainable(model, trainable_components(config), config.precision)
     ledger = build_ledger(model, config)
     stage = build_stage(model, config)
@@ -149,7 +140,7 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         trainer.step(Window(step, batches, ()))
         times.append(time.perf_counter() - started)
-    peak = runtime.memory_peak() if runtime.device.type == "cuda" else _status("VmHWM") - before
+    peak = runtime.memory_peak() if runtime.device.type == "cuda" else high_water() - before
     return {
         "step_s": statistics.median(times[WARMUP_STEPS:]),
         "fastest_s": min(times[WARMUP_STEPS:]),
@@ -207,11 +198,6 @@ def _timed(run: Callable[[], object], tensor: Tensor) -> float:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return statistics.median(times[1:])
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

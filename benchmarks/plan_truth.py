@@ -8,14 +8,14 @@ Each size runs in a process of its own. `full` is Gemma 3 4B with the video VAE 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from measuring import RETURNING_MEMORY, high_water, random_model, reset_high_water
 
 if TYPE_CHECKING:
     from theworld_train.config.schema import RunConfig
@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 #: Largest error of the tracked peak, and of the rise of the process's high-water mark where it is compared.
 TRACKED_BOUND, PROCESS_BOUND = 0.01, 0.05
 GIB = 2**30
-
-#: Makes glibc return what is freed: by default it keeps blocks of up to 32 MiB in a heap that fragments, which put the
-#: process 30% above what lived in it at 100m.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 _TINY_IDS = {"boi_token_index": 506, "eoi_token_index": 507, "image_token_index": 508}
 _SMALL_IDS = {"boi_token_index": 31_998, "eoi_token_index": 31_999, "image_token_index": 32_000}
@@ -68,7 +64,7 @@ def main() -> int:
     failed = False
     for name in names:
         command = [sys.executable, __file__, "--measure", name]
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | _ENVIRONMENT)
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=os.environ | RETURNING_MEMORY)
         result = json.loads(output.stdout.splitlines()[-1])
         tracked = result["tracked"] / result["planned"] - 1
         process = result["rise"] / result["planned"] - 1
@@ -95,14 +91,14 @@ def measure(name: str) -> dict[str, float]:
     plan_s = time.perf_counter() - started
 
     run_steps("tiny")  # libraries load, and compile, what they need at the first step: no memory of the model
-    before = _reset_high_water()
+    before = reset_high_water()
     started = time.perf_counter()
     run, parameters = run_steps(name)
     return {
         "parameters": parameters,
         "planned": planned,
         "tracked": run.timeline().peak().total,
-        "rise": _status("VmHWM") - before,
+        "rise": high_water() - before,
         "plan_s": plan_s,
         "run_s": time.perf_counter() - started,
     }
@@ -146,36 +142,15 @@ def run_steps(name: str) -> tuple[DryRun, int]:
     """Runs the steps of a size with random weights; returns what was tracked and the number of parameters."""
     import torch
 
-    from theworld_train.model.build import build_on_meta
-    from theworld_train.plan.dry_run import materialise, sample_shape, synthetic_batch, trace_steps
+    from theworld_train.plan.dry_run import sample_shape, synthetic_batch, trace_steps
 
     config, architecture = describe(name)
     shape = SIZES[name]["shape"]
-    torch.manual_seed(0)
-    model = build_on_meta(architecture)
-    materialise(model, torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    model = random_model(architecture, torch.bfloat16)
     sample = sample_shape(config, architecture)
     batch = synthetic_batch(architecture, sample, shape["batch"])
     run = trace_steps(config, model, (batch,), sample, steps=shape["steps"], device="cpu")
     return run, sum(parameter.numel() for parameter in model.parameters())
-
-
-def _reset_high_water() -> int:
-    """Resets the process's high-water mark and returns the bytes that it now holds."""
-    import gc
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

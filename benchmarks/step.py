@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from measuring import device, fastest, memory_peak, table, write_record
+from measuring import device, fastest, memory_peak, random_model, table, write_record
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,10 +25,9 @@ from theworld_train.assemble.model import attention_of, build_stage, describe_mo
 from theworld_train.config import parse_run_config
 from theworld_train.config.schema import RunConfig
 from theworld_train.model.attention import SequenceLayout, banded_attention
-from theworld_train.model.build import build_on_meta
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.world_encoder import WorldEncoder, vae_config
-from theworld_train.plan.dry_run import materialise, sample_shape, synthetic_batch
+from theworld_train.plan.dry_run import sample_shape, synthetic_batch
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.ledger import trainable_components
 from theworld_train.train.stage import StageModule
@@ -125,12 +124,7 @@ def make_step(
         }
     )
     architecture = _architecture(size, config, layers)
-    torch.manual_seed(0)
-    model = build_on_meta(architecture)
-    materialise(model, torch.float32 if precision == "fp32" else torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    model = random_model(architecture, torch.float32 if precision == "fp32" else torch.bfloat16)
     apply_trainable(model, trainable_components(config), config.precision)
     torch.nn.Module.to(model, device())
     stage = build_stage(model, config)

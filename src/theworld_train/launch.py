@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
-from theworld_train.train.stopping import SAVED_AND_STOPPED
+from theworld_train.train.stopping import SAVED_AND_STOPPED, end_with_parent
 
 #: What the shell adds to the number of the signal that has ended a process.
 SIGNAL_BASE = 128
@@ -26,9 +25,6 @@ DEFAULT_PORT = 29500
 #: Read by the ranks: the process that they end with, and the directory where they leave their exit codes.
 LAUNCHER_PID = "THEWORLD_LAUNCHER_PID"
 OUTCOMES = "THEWORLD_LAUNCH_OUTCOMES"
-
-#: `prctl` option: the signal that the kernel sends to a process when its parent ends.
-PR_SET_PDEATHSIG = 1
 
 #: Least time for a save in seconds; the rate in bytes per second that a busy shared file system takes; and what a
 #: checkpoint holds of each trained parameter: an fp32 master and AdamW's two moments.
@@ -231,7 +227,6 @@ def as_rank() -> Generator[None]:
 
 def _end_with(launcher: int) -> None:
     """Has the kernel kill this process when its parent ends, and ends it now if that has happened before."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     if os.getppid() != launcher:
         raise SystemExit(f"the launcher, process {launcher}, has ended")

@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.tiny import TinyCheckpoint
+from tests.helpers.tiny import TinyCheckpoint, write_run
 from theworld_train.checkpoint_files import checkpoint_step, checkpoints
-from theworld_train.config import dump_config, parse_run_config
 from theworld_train.launch import LAUNCHER_PID, as_rank
 from theworld_train.train.metrics import read_metrics
 
@@ -87,29 +86,10 @@ def test_exit_code_tells_how_the_run_has_ended(codes: dict[str, int], case: str)
 # -- a real run -------------------------------------------------------------------------------------------------------
 
 
-def write_config(directory: Path, tiny: TinyCheckpoint, steps: int) -> Path:
-    """Writes the config of a run with a data worker for each rank."""
-    values = {
-        "name": "run",
-        "output_dir": str(directory / "run"),
-        "precision": "fp32",
-        "model": {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": 32}},
-        "trainable": {"world_projector": {}},
-        "data": {
-            "train": {"source": "moving_digits", "split": "train", "samples": 64, "frames": 1, "canvas": 32},
-            "num_workers": 1,
-        },
-        "training": {"max_steps": steps, "global_batch_size": 2, "micro_batch_size": 1},
-    }
-    path = directory / "run.yaml"
-    path.write_text(dump_config(parse_run_config(values)))
-    return path
-
-
 @pytest.fixture
 def launched(tiny: TinyCheckpoint, tmp_path: Path) -> Generator[tuple[subprocess.Popen[bytes], list[int]]]:
     """A launcher whose two ranks, and their data workers, are training; and the process ids of all of these."""
-    path = write_config(tmp_path, tiny, steps=1_000_000)
+    path = write_run(tiny, tmp_path, steps=1_000_000, batch=2, workers=1)
     command = [sys.executable, "-m", "theworld_train", "launch", str(path), "--nproc", "2"]
     with (tmp_path / "log").open("wb") as log:
         launcher = subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)

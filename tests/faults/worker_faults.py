@@ -7,7 +7,6 @@ Usage: [torchrun ...] worker_faults.py REPORT_DIRECTORY CONFIG...
 
 from __future__ import annotations
 
-import ctypes
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from theworld_train.train.stopping import end_with_parent
 
 
 class Faults:
@@ -75,8 +74,7 @@ class Faults:
 
 
 def main() -> None:
-    if sys.platform == "linux":  # end with the launcher, in whatever way it ends
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)  # the launcher, in whatever way it ends
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from rich.console import Console
 

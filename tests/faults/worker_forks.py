@@ -8,7 +8,6 @@ Usage: worker_forks.py LAUNCHES REPORT, where LAUNCHES is a JSON list of `Launch
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -19,7 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-PR_SET_PDEATHSIG = 1
+from theworld_train.train.stopping import end_with_parent
+
 #: Seconds after which a run that has not ended counts as never doing so.
 PATIENCE_S = 120
 
@@ -76,7 +76,7 @@ class Oracle:
 
 def be_rank(launched: dict[str, Any], rank: int, port: int) -> NoReturn:
     """Runs one rank by the command line, and ends as that does."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     processes, directory = launched["processes"], Path(launched["directory"])
     directory.mkdir(parents=True, exist_ok=True)
     log = os.open(directory / f"log-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

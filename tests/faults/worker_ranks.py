@@ -7,7 +7,6 @@ Usage: torchrun --standalone --nproc_per_node=2 worker_ranks.py REPORT_DIRECTORY
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import io
 import json
@@ -16,12 +15,11 @@ import signal
 import sys
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from theworld_train.train.stopping import end_with_parent
 
 
 def main() -> None:
-    if sys.platform == "linux":  # end with the launcher, in whatever way it ends
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)  # the launcher, in whatever way it ends
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from rich.console import Console
 

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration, Gemma3Processor
 
 from theworld_train.batch import Batch
+from theworld_train.config import dump_config, parse_run_config
 from theworld_train.config.schema import MovingDigitsSource, RunConfig
 from theworld_train.data import Collator, open_source
 from theworld_train.data.moving_digits import WORDS, MovingDigits
@@ -118,6 +119,27 @@ def user(*contents: str | Image.Image | Sequence[Image.Image]) -> Message:
 def assistant(text: str) -> Message:
     """Returns a turn of the model."""
     return {"role": "assistant", "content": parts(text)}
+
+
+def write_run(
+    tiny: TinyCheckpoint, directory: Path, *, steps: int, batch: int, workers: int = 0, **sections: Any
+) -> Path:
+    """Writes the config of a projection-only run in `directory/run`, for ranks that are launched, and returns it."""
+    values = {
+        "name": "run",
+        "output_dir": str(directory / "run"),
+        "precision": "fp32",
+        "model": {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": RESOLUTION}},
+        "trainable": {"world_projector": {}},
+        "data": {
+            "train": {"source": "moving_digits", "split": "train", "samples": 64, "frames": 1, "canvas": 32},
+            "num_workers": workers,
+        },
+        "training": {"max_steps": steps, "global_batch_size": batch, "micro_batch_size": 1},
+    }
+    path = directory / "run.yaml"
+    path.write_text(dump_config(parse_run_config(values | sections)))
+    return path
 
 
 def held_out(checkpoint: Path, config: RunConfig) -> Batch:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.tiny import TinyCheckpoint
-from theworld_train.config import dump_config, parse_run_config
+from tests.helpers.tiny import TinyCheckpoint, write_run
 from theworld_train.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -21,22 +20,7 @@ STEPS = 2
 @pytest.fixture
 def config(tiny: TinyCheckpoint, tmp_path: Path) -> Path:
     """The config of a short run under FSDP2."""
-    values = {
-        "name": "short",
-        "output_dir": str(tmp_path / "run"),
-        "precision": "fp32",
-        "model": {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": 32}},
-        "trainable": {"world_projector": {}},
-        "data": {
-            "train": {"source": "moving_digits", "split": "train", "samples": 8, "frames": 1, "canvas": 32},
-            "num_workers": 0,
-        },
-        "training": {"max_steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1},
-        "runtime": {"strategy": "fsdp2"},
-    }
-    path = tmp_path / "short.yaml"
-    path.write_text(dump_config(parse_run_config(values)))
-    return path
+    return write_run(tiny, tmp_path, steps=STEPS, batch=4, runtime={"strategy": "fsdp2"})
 
 
 def accelerate(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -5,7 +5,6 @@ Usage: torchrun --standalone --nproc_per_node=2 worker_ddp.py CONFIG...
 
 from __future__ import annotations
 
-import ctypes
 import io
 import os
 import signal
@@ -15,7 +14,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+from theworld_train.train.stopping import end_with_parent
+
 #: Variable that says how many nodes the ranks are to take themselves for.
 NODES = "TEST_NODES"
 #: Name of runs in which only samples of some kinds have labels.
@@ -44,14 +44,8 @@ def supervising(kinds: Collection[str]) -> Generator[None]:
         Collator.collate = original  # type: ignore[method-assign]
 
 
-def die_with_the_launcher() -> None:
-    """Ends this process when the one that started it ends in whatever way, so that no rank is left behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def main() -> None:
-    die_with_the_launcher()
+    end_with_parent(signal.SIGKILL)  # the launcher, in whatever way it ends
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(os.environ.get(NODES, "1")))
     from rich.console import Console

@@ -88,14 +88,8 @@ class SequenceLayout:
         opens = functional.pad(last_seen[:, 1:] != last_seen[:, :-1], (1, 0), value=True)
         first = place.where(opens, 0).cummax(-1).values.where(self.documents >= 0, place)
         closes = functional.pad(self.image_blocks[:, 1:] != self.image_blocks[:, :-1], (0, 1), value=True)
-        end = (
-            (place + 1)
-            .where(closes, length)
-            .flip(-1)
-            .cummin(-1)
-            .values.flip(-1)
-            .where(self.image_blocks >= 0, place + 1)
-        )
+        next_close = (place + 1).where(closes, length).flip(-1).cummin(-1).values.flip(-1)
+        end = next_close.where(self.image_blocks >= 0, place + 1)
         if window is not None:
             first = first.maximum(place - window + 1)
         firsts, ends = first.amin(0).tolist(), end.amax(0).tolist()
@@ -206,15 +200,15 @@ def flex_attention(
 
     It is compiled on CUDA. Elsewhere it computes all pairs, and has no backward pass.
     """
-    compute: Any = _compiled_flex_attention(window) if query.is_cuda else _flex_attention
+    compute: Any = _compiled_flex_attention() if query.is_cuda else _flex_attention
     mask = layout.block_mask(window)
     output: Tensor = compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
     return output.transpose(1, 2)
 
 
 @cache
-def _compiled_flex_attention(_window: int | None) -> Callable[..., Any]:
-    """Compiled apart for each kind of layer; in full, as what is not compiled computes all pairs without a word."""
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """Compiled in full: what is not compiled computes all pairs without a word."""
     return torch.compile(_flex_attention, fullgraph=True)
 
 

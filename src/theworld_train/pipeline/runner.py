@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,10 +19,8 @@ from theworld_train.checkpoint_files import COMPONENTS_FILE, newest_checkpoint, 
 from theworld_train.config import format_overrides, load_run_config
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.schema import PipelineConfig, RunConfig
-from theworld_train.train.stopping import SAVED_AND_STOPPED, STOP_SIGNALS
+from theworld_train.train.stopping import SAVED_AND_STOPPED, STOP_SIGNALS, end_with_parent
 
-#: `prctl` option: the signal that the kernel sends to a process when its parent ends.
-PR_SET_PDEATHSIG = 1
 #: Seconds that a stage has to end after Ctrl-C, and again after SIGTERM.
 ENDING_S = 10
 RESULT_FILE = "result.json"
@@ -175,8 +172,7 @@ def _call(stage: str, command: Sequence[str]) -> None:
 
 def _begin_stage(pipeline: int) -> None:
     """Has a stage stop when the pipeline's process ends in whatever way, and take signals again."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     if os.getppid() != pipeline:
         os._exit(1)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

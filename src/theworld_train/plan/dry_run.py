@@ -273,6 +273,13 @@ class PlannedEngine(ReplicatedEngine):
         self._tracker.enter_phase("backward")
         super().backward(loss)
 
+    def step(self, max_norm: float | None) -> Tensor:
+        """Clips and steps in any case: whether the norm of fake gradients is finite is not known."""
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if max_norm is None else max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
 
 def materialise(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives a model on the meta device storages on the CPU: fake ones under fake tensors. Ties stay.

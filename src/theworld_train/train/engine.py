@@ -15,7 +15,6 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -368,9 +367,7 @@ def _quieten_deepspeed() -> None:
 
 def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """Steps unless the gradient's norm is NaN or infinite, and drops the gradient."""
-    # Fake tensors, which a plan steps with, have no values: their norm is taken to be finite.
-    local = norm.to_local() if isinstance(norm, DTensor) else norm
-    if isinstance(local, FakeTensor) or math.isfinite(norm.item()):
+    if math.isfinite(norm.item()):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,6 +14,20 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 #: Exit code of a run that a signal has stopped after it was saved: sysexits.h calls it a temporary failure.
 SAVED_AND_STOPPED = 75
+
+
+#: `prctl` option: the signal that the kernel sends to a process when its parent ends.
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Has the kernel send a signal to this process when its parent ends; whether it has ended before is not told.
+
+    Args:
+        number: The signal. On systems other than Linux nothing is asked for.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 class StoppedError(Exception):
