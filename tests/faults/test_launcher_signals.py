@@ -194,7 +194,7 @@ def test_stage_stops_with_its_pipeline(sent: signal.Signals, received: signal.Si
 def test_pipeline_that_is_stopped_saves_its_stage_and_goes_on(tiny: TinyCheckpoint, tmp_path: Path):
     """First it is killed, so that the stage has to see that for itself, then it is told to stop, and then it ends."""
     steps = 150
-    stages = [{"config": str(write_config(tmp_path, tiny, steps))}]
+    stages = [{"config": str(write_run(tiny, tmp_path, steps=steps, batch=2, workers=1))}]
     (tmp_path / "pipeline.yaml").write_text(json.dumps({"name": "test", "output_dir": "runs", "stages": stages}))
     metrics = tmp_path / "runs/run/metrics.jsonl"
     for sent, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (None, 0)):
