@@ -16,8 +16,9 @@ run_and_requeue() {
         [[ -z "$interrupted" ]] && break
     done
     echo "$(date --iso-8601=seconds) job $SLURM_JOB_ID: exit code $code"
-    # 75: saved and stopped; 138: ended by the notice (SIGUSR1) without a save, to go on from its last checkpoint.
-    if [[ "$code" == 75 || "$code" == 138 ]]; then
+    # 75: saved and stopped; 138: ended by the notice (SIGUSR1) without a save, to go on from its last checkpoint;
+    # 69: stuck, on a machine or link that may be gone by now: three times, since the fault may be the run's own.
+    if [[ "$code" == 75 || "$code" == 138 || ("$code" == 69 && "${SLURM_RESTART_COUNT:-0}" -lt 3) ]]; then
         scontrol requeue "$SLURM_JOB_ID"
     fi
     return "$code"

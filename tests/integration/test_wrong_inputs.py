@@ -77,6 +77,22 @@ def test_missing_data_file_is_named(weightless: list[str], tmp_path: Path) -> No
     assert "no such file" in error
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [("attention_dropout", 0.1, "set attention_dropout to 0"), ("use_bidirectional_attention", True, "causal Gemma 3")],
+)
+def test_base_that_attends_otherwise_is_refused(
+    weightless: list[str], tmp_path: Path, field: str, value: object, named: str
+) -> None:
+    path = tmp_path / "weightless" / "gemma" / "config.json"
+    stated = json.loads(path.read_text())
+    stated["text_config"][field] = value
+    path.write_text(json.dumps(stated))
+    error = error_of(weightless)
+    assert field in error
+    assert named in error
+
+
 def test_missing_base_is_named(weightless: list[str]) -> None:
     error = error_of([*weightless, "model.base=runs/nowhere/gemma"])
     assert "model.base" in error

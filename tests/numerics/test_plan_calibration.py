@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,6 +76,19 @@ def test_a_plan_that_fails_does_not_fail_the_run(config: RunConfig):
     assert "no plan to hold this run against: ValueError: no such thing" in shown.getvalue()
     (row,) = read_metrics(Path(config.output_dir) / "metrics.jsonl", "resources")
     assert "memory/planned_bytes" not in row
+
+
+def test_a_signal_breaks_the_plan_off_and_not_the_run(config: RunConfig):
+    def wait(*_: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal was not heard")
+
+    shown = io.StringIO()
+    train(config, Console(file=shown, width=200), wait)
+    assert "no plan to hold this run against: StoppedError" in shown.getvalue()
+    (row,) = read_metrics(Path(config.output_dir) / "metrics.jsonl", "resources")
+    assert "memory/planned_bytes" not in row
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_gpu_has_its_time_planned(config: RunConfig):

@@ -61,6 +61,7 @@ def load_model(
         ConfigError: If weights are missing, or the checkpoint does not fit them.
     """
     world = config.model.world
+    _check_attention(config, trains=bool(trainable))
     if trainable and config.model.attention == "flex" and not torch.cuda.is_available():
         hint = "use banded, which computes the same"
         raise ConfigError(Problem("has no backward pass on a CPU", key="model.attention", value="flex", hint=hint))
@@ -125,6 +126,21 @@ def attention_of(config: RunConfig) -> dict[str, str]:
     chosen = "banded" if config.model.attention == "auto" else config.model.attention
     language = {"flex": FLEX, "banded": BANDED}.get(chosen, chosen)
     return {"text_config": language, "vision_config": "eager" if chosen == "eager" else "sdpa"}
+
+
+def _check_attention(config: RunConfig, *, trains: bool) -> None:
+    """Refuses a base whose attention the one that is asked for does not compute; only training drops out."""
+    text = describe_model(config).text_config
+    problems = []
+    if text.use_bidirectional_attention:
+        message = "attends to later positions too (use_bidirectional_attention); expected a causal Gemma 3"
+        problems.append(Problem(message, key="model.base", value=config.model.base))
+    if trains and text.attention_dropout and attention_of(config)["text_config"] in (BANDED, FLEX):
+        message = f"has no dropout, but {config.model.base} has attention_dropout {text.attention_dropout}"
+        hint = "use sdpa or eager, or set attention_dropout to 0 in the base's config.json"
+        problems.append(Problem(message, key="model.attention", value=config.model.attention, hint=hint))
+    if problems:
+        raise ConfigError(problems)
 
 
 def ledger_of(config: RunConfig) -> ParameterLedger:

@@ -53,6 +53,7 @@ from theworld_train.train.metrics import (
 from theworld_train.train.resume_rules import check_changes
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
+from theworld_train.train.stopping import breaking_off
 from theworld_train.train.trainer import Trainer, TrainingResult
 from theworld_train.train.watchdog import clear_heartbeats
 
@@ -158,9 +159,10 @@ def _compare(config: RunConfig, result: TrainingResult, predict: Predict | None,
         return
     if predict is not None:
         try:
-            forecast = predict(config, taken)
+            with breaking_off(result.steps):
+                forecast = predict(config, taken)
             said = resources_line(taken, forecast)
-        except Exception as error:  # the run is complete, whatever a plan of it meets
+        except Exception as error:  # the run is complete, whatever a plan of it meets, a signal too
             said = f"no plan to hold this run against: {type(error).__name__}: {error}"
         console.print(f"{config.name}: {said}", highlight=False, markup=False, soft_wrap=True)
     metrics = MetricsFile(Path(config.output_dir) / METRICS_FILE, result.steps)

@@ -229,7 +229,8 @@ class CheckpointWriter:
             The checkpoint.
 
         Raises:
-            ConfigError: If the file system takes no more; what was written of this checkpoint is removed.
+            ConfigError: If the file system takes no more, and what was written of this checkpoint is removed; or if
+                an older one cannot be removed.
         """
         final = self._directory / f"step-{step}"
         if (final / MANIFEST_FILE).is_file():
@@ -244,7 +245,12 @@ class CheckpointWriter:
             seal(partial, {"step": step, "run": self._record.run_name, "world_size": len(rng)})
             partial.rename(final)
             _sync_directory(self._directory)
+        try:
             retire(self._directory, self._keep_last)
+        except OSError as error:
+            message = f"{final.name} is saved, but an older checkpoint cannot be removed: {error}"
+            hint = "mend that and run it again with resume=latest"
+            raise ConfigError(Problem(message, key="output_dir", value=str(self._directory), hint=hint)) from error
         # The next checkpoint carries the files on from this one: the one that they came from may be gone by then.
         self._carried = {name: replace(entry, path=final / entry.path.name) for name, entry in self._carried.items()}
         return final

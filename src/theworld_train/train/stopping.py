@@ -6,7 +6,7 @@ import ctypes
 import signal
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -52,15 +52,39 @@ class StopRequest:
 
         Outside of it they end the process at once: before the first step there is nothing to save.
         """
-        if threading.current_thread() is not threading.main_thread():
+        with _handling(self._note):
             yield
-            return
-        before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.made = True
+
+
+@contextmanager
+def breaking_off(step: int) -> Generator[None]:
+    """Has a signal break off a block of the main thread that nothing depends on.
+
+    Args:
+        step: Optimizer steps done.
+
+    Raises:
+        StoppedError: In the block, when the signal comes.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise StoppedError(step)
+
+    with _handling(stop):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None]) -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

@@ -154,6 +154,10 @@ class Watchdog:
                 time.sleep(0.05)
             if self._rank == min(self._noticed()):
                 self._report()
+            else:  # a launcher ends all ranks with the first that ends, the one that writes the report too
+                deadline = time.monotonic() + COLLECT_S
+                while not self._report_file().is_file() and time.monotonic() < deadline:
+                    time.sleep(0.05)
         finally:
             last.cancel()
             os._exit(STUCK)
@@ -172,7 +176,10 @@ class Watchdog:
             lines += [f"\n== stacks of rank {rank}", self._stacks_file(rank).read_text()]
         report = "\n".join(lines)
         print(report, file=sys.stderr, flush=True)
-        _replace(self._directory / f"stuck-step-{self._place.step}.txt", report)
+        _replace(self._report_file(), report)
+
+    def _report_file(self) -> Path:
+        return self._directory / f"stuck-step-{self._place.step}.txt"
 
 
 def _described(path: Path) -> str:

@@ -110,7 +110,9 @@ def test_script_starts_a_command_that_the_cli_takes(script: Path, environment: d
     assert not (Path(environment["STUB"]) / "scontrol").exists(), "a run that is complete is not put back"
 
 
-@pytest.mark.parametrize(("code", "again"), [(0, False), (1, False), (2, False), (75, True), (138, True), (143, False)])
+@pytest.mark.parametrize(
+    ("code", "again"), [(0, False), (1, False), (2, False), (69, True), (75, True), (138, True), (143, False)]
+)
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_job_is_put_back_if_the_run_can_go_on(script: Path, code: int, again: bool, environment: dict[str, str]):
     result = subprocess.run(
@@ -121,6 +123,13 @@ def test_job_is_put_back_if_the_run_can_go_on(script: Path, code: int, again: bo
     assert requeued.exists() == again
     if again:
         assert requeued.read_text() == "requeue 42\n"
+
+
+def test_run_that_is_stuck_again_and_again_is_not_put_back(environment: dict[str, str]):
+    stuck = environment | {"STUB_CODE": "69", "SLURM_RESTART_COUNT": "3"}
+    result = subprocess.run(command(SCRIPTS[0], environment), env=stuck, cwd=ROOT, timeout=60, check=False)
+    assert result.returncode == 69
+    assert not (Path(environment["STUB"]) / "scontrol").exists()
 
 
 def test_notice_reaches_the_run(environment: dict[str, str]):

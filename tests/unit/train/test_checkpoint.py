@@ -187,6 +187,20 @@ def test_failure_after_the_seal_leaves_nothing_sealed(
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_older_checkpoint_that_cannot_be_removed_fails_no_save(
+    write_checkpoint: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(path: Path, _keep: int) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_checkpoint(tmp_path, 1, keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "retire", refuse)
+        with pytest.raises(ConfigError, match=r"step-2 is saved, but an older checkpoint cannot be removed.*denied"):
+            write_checkpoint(tmp_path, 2, keep_last=1)
+    verify_checkpoint(tmp_path / "step-2")
+
+
 @pytest.mark.parametrize("full", [True, False])
 def test_full_disk_is_a_plain_error(write_checkpoint: Write, tmp_path: Path, full: bool):
     # Above the size of a file that this process may write, the system answers as a full disk does.

@@ -87,6 +87,23 @@ def test_only_one_rank_reports(tmp_path: Path, ended: threading.Event):
     assert not list(tmp_path.glob("stuck-*"))
 
 
+def test_others_wait_for_the_report(tmp_path: Path, ended: threading.Event, monkeypatch: pytest.MonkeyPatch):
+    waited, report = threading.Event(), tmp_path / "stuck-step-4.txt"
+
+    def write_after_a_while(_: float) -> None:
+        waited.set()
+        report.touch()
+
+    with Watchdog(tmp_path, 1, 2, 1000.0, "now") as watchdog:
+        watchdog.enter("loading", 4)
+        (tmp_path / HEARTBEATS / "rank-0.now.stacks").write_text("of rank 0")
+        monkeypatch.setattr(module, "COLLECT_S", float(PATIENCE_S))
+        monkeypatch.setattr(module.time, "sleep", write_after_a_while)
+        watchdog._interval_s = LIMIT_S
+        assert ended.wait(PATIENCE_S)
+        assert waited.is_set(), "a launcher would have ended rank 0 before its report was written"
+
+
 def test_rank_of_an_earlier_launch_that_wakes_ends_nobody(
     tmp_path: Path, ended: threading.Event, looked: Callable[[int], None]
 ):
