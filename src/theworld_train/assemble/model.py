@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from transformers import Gemma3TextConfig
 
 from theworld_train.accounting.ledger import ParameterLedger
 from theworld_train.config.components import Component
@@ -130,7 +132,7 @@ def attention_of(config: RunConfig) -> dict[str, str]:
 
 def _check_attention(config: RunConfig, *, trains: bool) -> None:
     """Refuses a base whose attention the one that is asked for does not compute; only training drops out."""
-    text = describe_model(config).text_config
+    text = cast(Gemma3TextConfig, describe_model(config).text_config)
     problems = []
     if text.use_bidirectional_attention:
         message = "attends to later positions too (use_bidirectional_attention); expected a causal Gemma 3"

@@ -5,24 +5,20 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from theworld_train.cli.arguments import split_overrides
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from theworld_train.accounting.gpus import Efficiencies, GpuSpec
-    from theworld_train.plan.advice import Assessment, Change, Planner, Setting
-    from theworld_train.plan.strategies import Offload
-
-GIB = 2**30
+    from theworld_train.config.schema import Offload, Strategy
+    from theworld_train.plan.advice import Planner, Setting
 
 
 def plan(
@@ -34,7 +30,9 @@ def plan(
     strategy: Annotated[
         str, typer.Option("--strategy", help="ddp, zero1, zero2, zero3 or fsdp2; all that make sense if absent.")
     ] = "",
-    offload: Annotated[str, typer.Option("--offload", help="What the host keeps: none, optimizer or all.")] = "none",
+    offload: Annotated[
+        str, typer.Option("--offload", help="What the host keeps: none, optimizer or all; the config's if absent.")
+    ] = "",
     positions: Annotated[
         int | None, typer.Option("--positions", min=1, help="Tokens of a sample; data.max_sequence_length if absent.")
     ] = None,
@@ -56,7 +54,8 @@ def plan(
         theworld-train plan configs/stages/projection.yaml --gpus 8 --gpu h100-80gb
     """
     from theworld_train.cli.ranks import offline
-    from theworld_train.config.errors import ConfigError, Problem
+    from theworld_train.config import load_run_config
+    from theworld_train.config.errors import ConfigError
 
     paths, overrides = split_overrides(arguments)
     if not paths:
@@ -64,42 +63,70 @@ def plan(
     offline()
     ranks = _numbers(gpus)
     from theworld_train.accounting.gpus import gpu_spec
-    from theworld_train.config import load_run_config
 
     with _without_bitsandbytes():
+        from theworld_train.cli.plan_views import Group, print_matrix, print_one, rows
         from theworld_train.plan.advice import Planner
-        from theworld_train.plan.strategies import STRATEGIES, offload_of, strategy_of
+        from theworld_train.plan.strategies import offload_of, strategy_of
 
     kinds = [gpu_spec(name, key="--gpu") for name in _names(gpu)]
-    kept = offload_of(offload)
-    chosen: list[str] = [strategy_of(name, kept).name for name in _names(strategy)]
-    if kept != "none" and 1 in ranks:
-        raise ConfigError(Problem("needs two GPUs or more: one process offloads nothing", key="--offload", value=kept))
+    kept = offload_of(offload) if offload else None
+    chosen = [strategy_of(name) for name in _names(strategy)]
+    planners = [Planner(load_run_config(path, overrides), positions, supervised) for path in paths]
+    groups = [Group(each, number, _settings(each, number, chosen, kept)) for each in planners for number in ranks]
+    is_matrix = len(groups) * max(1, len(kinds)) > 1
+    _check_single(is_matrix and not as_json, "--calibrate", calibrate)
+    _check_single(is_matrix, "--plot", plot)
     shares = None if calibrate is None else _shares(calibrate, kinds)
-    able = [name for name, each in STRATEGIES.items() if kept in each.offloads]
-    configs = [load_run_config(path, overrides) for path in paths]
-    planners = [Planner(config, positions, supervised) for config in configs]
-
-    def layouts(number: int) -> list[str]:
-        return chosen or (able if number > 1 or kept != "none" else able[:1])
-
-    settings = [
-        (planner, planner.setting(name, number, kept))
-        for planner in planners
-        for number in ranks
-        for name in layouts(number)
-    ]
     if plot is not None:
         from theworld_train.plan.picture import draw
 
-        draw(plot, *settings[0])
+        draw(plot, groups[0].planner, groups[0].settings[0])
     if as_json:
-        rows = [row for planner, setting in settings for row in _rows(planner, setting, kinds, shares)]
-        typer.echo(json.dumps({"plans": rows}, indent=1))
-    elif len(planners) * len(ranks) * max(1, len(kinds)) > 1:
-        _print_matrix(planners, ranks, kinds, layouts, kept)
+        typer.echo(json.dumps({"plans": [row for group in groups for row in rows(group, kinds, shares)]}, indent=1))
+    elif is_matrix:
+        print_matrix(groups, kinds)
     else:
-        _print_one(planners[0], [setting for _, setting in settings], kinds, shares)
+        print_one(groups[0], kinds, shares)
+
+
+def _settings(planner: Planner, ranks: int, chosen: Sequence[Strategy], offload: Offload | None) -> tuple[Setting, ...]:
+    """Returns what is planned of a run on so many GPUs.
+
+    Args:
+        planner: Of the run.
+        ranks: GPUs.
+        chosen: Strategies that are asked for; none for all that make sense.
+        offload: What is offloaded; the config's if None. A single GPU offloads nothing.
+
+    Raises:
+        ConfigError: If a strategy cannot run the config.
+    """
+    from theworld_train.config.errors import ConfigError, Problem
+    from theworld_train.config.schema import able_strategies
+
+    if ranks == 1 and offload not in (None, "none"):
+        message = "needs two GPUs or more: one process offloads nothing"
+        raise ConfigError(Problem(message, key="--offload", value=offload))
+    config = planner.config
+    kept = offload or ("none" if ranks == 1 else config.runtime.offload)
+    able = able_strategies(config, kept)
+    wrong = [name for name in chosen if name not in able]
+    if wrong:
+        asked = "" if kept == "none" else f" with {kept} offloaded"
+        message, hint = f"cannot run {config.name}{asked}", f"these can: {', '.join(able)}"
+        raise ConfigError([Problem(message, key="--strategy", value=name, hint=hint) for name in wrong])
+    names = chosen or (able if ranks > 1 else able[:1])
+    return tuple(planner.setting(name, ranks, kept) for name in names)
+
+
+def _check_single(several: bool, key: str, value: Path | None) -> None:
+    """Refuses an option that says something of one run on one kind of GPU alone."""
+    from theworld_train.config.errors import ConfigError, Problem
+
+    if several and value is not None:
+        message = "goes with one config, one number of GPUs and one kind of them"
+        raise ConfigError(Problem(message, key=key, value=str(value)))
 
 
 def _shares(directory: Path, kinds: Sequence[GpuSpec]) -> Efficiencies:
@@ -114,8 +141,8 @@ def _shares(directory: Path, kinds: Sequence[GpuSpec]) -> Efficiencies:
     measured = statistics.median(found.run.steps)
     typer.echo(
         f"{found.run.config.name}, measured on {taken.ranks} x {taken.device}: a step of {measured:.3f} s "
-        f"({found.planned_seconds:.3f} planned), a peak of {_gib(taken.peak_bytes)} GiB "
-        f"({_gib(found.planned_peak)} planned)",
+        f"({found.planned_seconds:.3f} planned), a peak of {taken.peak_bytes / 2**30:.2f} GiB "
+        f"({found.planned_peak / 2**30:.2f} planned)",
         err=True,
     )
     return found.shares
@@ -144,270 +171,3 @@ def _numbers(text: str) -> list[int]:
     if not names or not all(name.isdecimal() and int(name) > 0 for name in names):
         raise ConfigError(Problem("takes numbers above zero, such as 8 or 1,2,8", key="--gpus", value=text))
     return [int(name) for name in names]
-
-
-# -- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def _rows(
-    planner: Planner, setting: Setting, kinds: Sequence[GpuSpec], shares: Efficiencies | None
-) -> Iterator[dict[str, Any]]:
-    need, run = planner.need(setting), planner.run(setting)
-    row = {
-        "name": planner.config.name,
-        "gpus": setting.ranks,
-        "strategy": setting.strategy.name,
-        "offload": setting.offload,
-        "micro_batch_size": setting.micro_batch_size,
-        "positions": run.shape.positions,
-        "supervised": run.shape.supervised,
-        "peak_bytes": need.peak.total,
-        "reserved_bytes": need.reserved,
-        "overhead_bytes": need.overhead,
-        "peak": {
-            "phase": need.peak.phase,
-            "op": need.peak.op,
-            "module": need.peak.module,
-            "by_category": need.peak.by_category(),
-            "by_component": need.peak.by_component(),
-        },
-    }
-    if not kinds:
-        yield row
-    for kind in kinds:
-        assessment = planner.assess(setting, kind)
-        verdict = assessment.verdict
-        yield row | {
-            "gpu": kind.name,
-            "gpu_bytes": int(kind.usable_gib * GIB),
-            "verdict": verdict.word,
-            "margin_bytes": verdict.margin,
-            "largest_micro_batch": assessment.largest_micro_batch,
-            "change": _change_row(assessment.change),
-            "least": _change_row(assessment.least),
-            "time": _time_row(planner, setting, kind, shares),
-        }
-
-
-def _change_row(change: Change | None) -> dict[str, Any] | None:
-    if change is None:
-        return None
-    need = change.verdict.need
-    return {
-        "arguments": str(change),
-        "overrides": dict(change.overrides),
-        "strategy": need.setting.strategy.name,
-        "offload": need.setting.offload,
-        "peak_bytes": need.peak.total,
-        "reserved_bytes": need.reserved,
-        "verdict": change.verdict.word,
-        "margin_bytes": change.verdict.margin,
-    }
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f}"
-
-
-def _print_one(
-    planner: Planner, settings: Sequence[Setting], kinds: Sequence[GpuSpec], shares: Efficiencies | None
-) -> None:
-    """Prints one run on one kind of GPU: every strategy, and what the first one's peak consists of."""
-    from theworld_train.cli.tables import output
-
-    console = output()
-    shape, first = planner.run(settings[0]).shape, settings[0]
-    where = f" on {first.ranks} x {kinds[0].title} ({kinds[0].usable_gib:g} GiB)" if kinds else ""
-    console.print(
-        f"{planner.config.name}{where}: micro-batch {first.micro_batch_size} of {shape.positions:,} positions,"
-        f" {shape.supervised:,} supervised; GiB of one GPU",
-        highlight=False,
-    )
-    assessments = [planner.assess(setting, kinds[0]) if kinds else None for setting in settings]
-    console.print(_strategy_table(planner, settings, assessments))
-    if kinds:
-        console.print(_time_table(planner, settings, kinds[0], shares))
-    peak = planner.need(first).peak
-    place = f"{peak.op} in {peak.module}" if peak.module else peak.op
-    console.print(f"The peak of {first.strategy.name} comes in {peak.phase}, at {place}:", highlight=False)
-    console.print(_peak_table(peak.parts))
-    for setting, assessment in zip(settings, assessments, strict=True):
-        for line in _advice(setting, assessment):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _strategy_table(planner: Planner, settings: Sequence[Setting], assessments: Sequence[Assessment | None]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("strategy")
-    for heading in ("peak", "reserved", "with CUDA", "verdict", "margin", "largest micro-batch"):
-        table.add_column(heading, justify="right")
-    for setting, assessment in zip(settings, assessments, strict=True):
-        need = planner.need(setting)
-        name = setting.strategy.name + ("" if setting.offload == "none" else f", {setting.offload} offloaded")
-        cells = [name, _gib(need.peak.total), _gib(need.reserved), _gib(need.usual)]
-        if assessment is None:
-            cells += ["-", "-", "-"]
-        else:
-            verdict = assessment.verdict
-            cells += [verdict.word, f"{verdict.margin / GIB:+.2f}", str(assessment.largest_micro_batch)]
-        table.add_row(*cells)
-    return table
-
-
-def _time_table(planner: Planner, settings: Sequence[Setting], gpu: GpuSpec, shares: Efficiencies | None) -> Table:
-    """Returns the table of times, each as the expected one with the best and the worst."""
-    from rich import box
-    from rich.table import Table
-
-    from theworld_train.plan.timing import plan_time
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("strategy")
-    for heading in ("step (s)", "exchange", "tokens/s", "MFU", "run (h)", "GPU hours"):
-        table.add_column(heading, justify="right")
-    for setting in settings:
-        if setting.offload != "none":
-            continue  # what moves to and from the host is not timed
-        planned = plan_time(planner.config, planner.run(setting), setting, gpu, shares)
-        step, run = planned.step, planned.run
-        table.add_row(
-            setting.strategy.name,
-            f"{step.seconds.expected:.2f} ({step.seconds.best:.2f}-{step.seconds.worst:.2f})",
-            f"{step.exposed / step.seconds.expected:.0%}",
-            f"{step.tokens_per_second.expected:,.0f}",
-            f"{step.mfu.expected:.0%}",
-            "-" if run is None else f"{run.seconds.expected / 3600:.1f}",
-            "-" if run is None else f"{run.gpu_hours.expected:,.1f}",
-        )
-    return table
-
-
-def _time_row(planner: Planner, setting: Setting, gpu: GpuSpec, shares: Efficiencies | None) -> dict[str, Any] | None:
-    from theworld_train.plan.timing import plan_time
-
-    if setting.offload != "none":
-        return None
-    planned = plan_time(planner.config, planner.run(setting), setting, gpu, shares)
-    step, run = planned.step, planned.run
-    return {
-        "step_s": step.seconds._asdict(),
-        "communication_s": step.communication,
-        "exposed_communication_s": step.exposed,
-        "tokens_per_s": step.tokens_per_second._asdict(),
-        "mfu": step.mfu._asdict(),
-        "run_s": None if run is None else run.seconds._asdict(),
-        "gpu_hours": None if run is None else run.gpu_hours._asdict(),
-    }
-
-
-def _peak_table(parts: dict[Any, int]) -> Table:
-    """Returns the table of a peak: components down, categories across."""
-    from rich import box
-    from rich.table import Table
-
-    from theworld_train.plan.tracker import CATEGORIES
-
-    components = list(dict.fromkeys(component for _, component in parts))
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("component")
-    for heading in (*CATEGORIES, "total"):
-        table.add_column(heading, justify="right")
-    for component in components:
-        sizes = [parts.get((category, component), 0) for category in CATEGORIES]
-        table.add_row(component, *(_gib(size) if size else "" for size in sizes), _gib(sum(sizes)))
-    sums = [sum(parts.get((category, component), 0) for component in components) for category in CATEGORIES]
-    table.add_row("total", *(_gib(size) if size else "" for size in sums), _gib(sum(sums)))
-    return table
-
-
-def _advice(setting: Setting, assessment: Assessment | None) -> Iterator[str]:
-    """Says what makes a setting fit, or that nothing does and which GPU would."""
-    if assessment is None or assessment.verdict.word == "fits":
-        return
-    verdict = assessment.verdict
-    name = setting.strategy.name
-    said = f"{name} is tight" if verdict.word == "tight" else f"{name} does not fit"
-    if assessment.change is not None:
-        yield f"{said}. The cheapest change that fits: {assessment.change} ({_price(assessment.change)})."
-        return
-    least = assessment.least
-    if least is None:
-        yield f"{said}, and there is nothing left to change."
-        return
-    yield f"{said}, and no change that a plan knows makes it fit. The least takes {_price(least)}: {least}."
-    wide = _holding(least)
-    if wide:
-        yield f"That would fit {wide}; more GPUs, fewer positions or fewer trained components take less."
-
-
-def _price(change: Change) -> str:
-    return f"{_gib(change.verdict.need.usual)} GiB, margin {change.verdict.margin / GIB:+.2f}"
-
-
-def _holding(change: Change) -> str | None:
-    """Returns the smallest known GPU that a changed run fits."""
-    from theworld_train.accounting.gpus import gpu_specs
-    from theworld_train.plan.advice import judge
-
-    fitting = [kind for kind in gpu_specs() if judge(change.verdict.need, kind).word == "fits"]
-    smallest = min(fitting, key=lambda kind: kind.usable_gib, default=None)
-    return None if smallest is None else f"{smallest.title} ({smallest.usable_gib:g} GiB)"
-
-
-def _print_matrix(
-    planners: Sequence[Planner],
-    ranks: Sequence[int],
-    kinds: Sequence[GpuSpec],
-    layouts: Any,  # noqa: ANN401
-    offload: Offload,
-) -> None:
-    """Prints several runs, numbers or kinds of GPUs: for each the first strategy that fits, or what would."""
-    from rich import box
-    from rich.table import Table
-
-    from theworld_train.cli.tables import output
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("run")
-    table.add_column("GPUs", justify="right")
-    for kind in kinds:
-        table.add_column(f"{kind.title}\n{kind.usable_gib:g} GiB", overflow="fold")
-    if not kinds:
-        table.add_column("peak and reserved, GiB")
-    for planner in planners:
-        for number in ranks:
-            settings = [planner.setting(name, number, offload) for name in layouts(number)]
-            if kinds:
-                cells = [_cell(planner, settings, kind) for kind in kinds]
-            else:
-                needs = [planner.need(setting) for setting in settings]
-                cells = ["\n".join(f"{n.setting.strategy.name} {_gib(n.peak.total)} {_gib(n.reserved)}" for n in needs)]
-            table.add_row(planner.config.name, str(number), *cells)
-    output().print(table)
-
-
-def _cell(planner: Planner, settings: Sequence[Setting], kind: GpuSpec) -> str:
-    """Returns one cell: verdict, strategy, margin and largest micro-batch, or the cheapest change."""
-    from theworld_train.plan.advice import judge
-
-    best = settings[0]
-    for setting in settings:
-        if judge(planner.need(setting), kind).word == "fits":
-            best = setting
-            break
-    assessment = planner.assess(best, kind)
-    verdict = assessment.verdict
-    text = f"{verdict.word}: {best.strategy.name} {verdict.margin / GIB:+.1f} GiB"
-    if assessment.largest_micro_batch:
-        text += f", micro-batch up to {assessment.largest_micro_batch}"
-    if assessment.change is not None:
-        text += f"\nfits with {assessment.change} ({assessment.change.verdict.margin / GIB:+.1f})"
-    elif assessment.least is not None:
-        text += f"\nnothing fits; least {_gib(assessment.least.verdict.need.usual)} GiB"
-    return text

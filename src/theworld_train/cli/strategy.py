@@ -8,7 +8,7 @@ import typer
 
 from theworld_train.cli.ranks import is_main_rank
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import OFFLOADING, RunConfig, Strategy
+from theworld_train.config.schema import RunConfig, Strategy, able_strategies
 
 
 def resolve_strategy(config: RunConfig, ranks: int) -> RunConfig:
@@ -49,11 +49,7 @@ def strategies_of(config: RunConfig) -> tuple[Strategy, ...]:
     """
     from importlib.util import find_spec
 
-    able = OFFLOADING[config.runtime.offload]
-    if config.optimizer.name == "adamw_8bit":
-        able = tuple(name for name in able if name == "ddp")
-    if "selective" in config.training.gradient_checkpointing.by_component.values():
-        able = tuple(name for name in able if name != "zero3")
+    able = able_strategies(config, config.runtime.offload)
     if find_spec("deepspeed") is None:
         able = tuple(name for name in able if not name.startswith("zero"))
     if not able:

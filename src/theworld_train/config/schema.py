@@ -345,8 +345,9 @@ class TrackingSection(Section):
 
 
 Strategy = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
+Offload = Literal["none", "optimizer", "all"]
 #: Strategies that can offload each, by how much they divide.
-OFFLOADING: dict[str, tuple[Strategy, ...]] = {
+OFFLOADING: dict[Offload, tuple[Strategy, ...]] = {
     "none": ("ddp", "zero1", "zero2", "fsdp2", "zero3"),
     "optimizer": ("zero1", "zero2", "zero3"),
     "all": ("fsdp2", "zero3"),
@@ -360,7 +361,7 @@ class RuntimeSection(Section):
     """What ranks divide among them: nothing (`ddp`), the optimizer state (`zero1`), gradients too (`zero2`), or weights
     too (`zero3`, `fsdp2`). `auto`: the first of them that fits by its plan, for `train` and `launch` to find. A single
     process holds everything, whatever is said here."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Offload = "none"
     """What lives in host memory between uses: the optimizer's state (ZeRO), or weights too (zero3, fsdp2)."""
     hybrid: bool = False
     """Under fsdp2, shard within a node and replicate over nodes."""
@@ -461,6 +462,16 @@ class RunConfig(Section):
                 "training.gradient_checkpointing is none for all towers that a gradient passes"
             )
         return self
+
+
+def able_strategies(config: RunConfig, offload: Offload) -> tuple[Strategy, ...]:
+    """Returns the strategies that can run a config with something offloaded, by how much they divide."""
+    able = OFFLOADING[offload]
+    if config.optimizer.name == "adamw_8bit":
+        able = tuple(name for name in able if name == "ddp")
+    if "selective" in config.training.gradient_checkpointing.by_component.values():
+        able = tuple(name for name in able if name != "zero3")
+    return able
 
 
 Ablation = Literal["as_trained", "world_masked", "untrained_projection", "world_disabled", "image_blanked"]

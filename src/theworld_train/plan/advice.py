@@ -12,10 +12,11 @@ from theworld_train.accounting.gpus import GpuSpec
 from theworld_train.accounting.tokens import world_tokens
 from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
-from theworld_train.config.schema import GradientCheckpointing, RunConfig, frames_of
+from theworld_train.config.schema import GradientCheckpointing, Offload, RunConfig, frames_of
+from theworld_train.config.schema import Strategy as StrategyName
 from theworld_train.plan.allocator import reserved_bytes
 from theworld_train.plan.dry_run import DeviceKind, DryRun, Gathering, dry_run
-from theworld_train.plan.strategies import STRATEGIES, Offload, Strategy, load_peak, rank_timeline
+from theworld_train.plan.strategies import STRATEGIES, Strategy, load_peak, rank_timeline
 from theworld_train.plan.timeline import Peak, Timeline
 
 Word = Literal["fits", "tight", "does not fit"]
@@ -29,6 +30,8 @@ CONTEXT_BYTES = int(0.7 * GIB)
 COLLECTIVE_BYTES = int(0.4 * GIB)
 #: Share of a GPU below which the margin is called tight: what kernels take inside is not seen.
 TIGHT_SHARE = 0.03
+#: GPUs of a machine, within which `runtime.hybrid` shards.
+MACHINE_RANKS = 8
 #: Resolutions that advice tries below the config's, largest first.
 RESOLUTIONS = (384, 256, 224)
 
@@ -107,7 +110,7 @@ class Option(NamedTuple):
     """
 
     overrides: Overrides
-    strategy: str
+    strategy: StrategyName
     offload: Offload
 
 
@@ -187,7 +190,7 @@ class Planner:
     # -- one setting --------------------------------------------------------------------------------------------------
 
     def setting(
-        self, strategy: str, ranks: int, offload: Offload = "none", micro_batch_size: int | None = None
+        self, strategy: StrategyName, ranks: int, offload: Offload = "none", micro_batch_size: int | None = None
     ) -> Setting:
         """Returns a setting whose micro-batch is the config's, as far as the global batch has one for every rank."""
         training = self.config.training
@@ -218,7 +221,7 @@ class Planner:
         return rank_timeline(
             self.run(setting, steps),
             setting.strategy,
-            setting.ranks,
+            self._shards(setting),
             setting.offload,
             accumulates=self.config.training.global_batch_size > samples,
         )
@@ -229,10 +232,15 @@ class Planner:
             timeline = self.timeline(setting)
             overhead = CONTEXT_BYTES + (COLLECTIVE_BYTES if setting.ranks > 1 else 0)
             step = timeline.peak(_STEPS - 1)
-            load = load_peak(self.run(setting), setting.strategy, setting.ranks)
+            load = load_peak(self.run(setting), setting.strategy, self._shards(setting))
             peak = max(step, load, key=lambda peak: peak.total)
             self._needs[setting] = Need(setting, peak, max(reserved_bytes(timeline.held), peak.total), overhead)
         return self._needs[setting]
+
+    def _shards(self, setting: Setting) -> int:
+        """Returns the ranks that share what is sharded: with `runtime.hybrid` those of one machine."""
+        hybrid = self.config.runtime.hybrid and setting.strategy.name == "fsdp2"
+        return min(setting.ranks, MACHINE_RANKS) if hybrid else setting.ranks
 
     # -- what else ----------------------------------------------------------------------------------------------------
 
@@ -296,6 +304,8 @@ class Planner:
         layouts = [(setting.strategy.name, setting.offload), *_layouts(setting.ranks)]
         for overrides in self._overrides():
             for strategy, offload in dict.fromkeys(layouts):
+                if strategy == "zero3" and ("training.gradient_checkpointing", "selective") in overrides:
+                    continue  # training refuses it
                 if overrides or (strategy, offload) != layouts[0]:
                     yield Option(overrides, strategy, offload)
 
@@ -310,12 +320,14 @@ class Planner:
         return Change(option.overrides, layout, judge(need, gpu))
 
     def _overrides(self) -> Iterator[Overrides]:
-        """Returns sets of overrides, cheapest first, each of which holds those before it."""
+        """Returns sets of overrides, cheapest first, each of which does all that those before it do."""
         training = self.config.training
         overrides: list[tuple[str, object]] = []
         if training.micro_batch_size > 1:
             overrides.append(("training.micro_batch_size", 1))
             yield tuple(overrides)
+        if "none" in training.gradient_checkpointing.by_component.values():
+            yield (*overrides, ("training.gradient_checkpointing", "selective"))
         if training.gradient_checkpointing != GradientCheckpointing():
             overrides.append(("training.gradient_checkpointing", "full"))
             yield tuple(overrides)
@@ -349,10 +361,12 @@ class Planner:
         return self._variants[overrides]
 
 
-def _layouts(ranks: int) -> list[tuple[str, Offload]]:
+def _layouts(ranks: int) -> list[tuple[StrategyName, Offload]]:
     """Returns strategies and offloads by what they cost in time, cheapest first."""
-    shared: list[tuple[str, Offload]] = [("ddp", "none"), ("zero1", "none"), ("zero2", "none"), ("fsdp2", "none")]
-    return [*shared, ("zero2", "optimizer"), ("fsdp2", "all")] if ranks > 1 else []
+    if ranks == 1:
+        return []
+    shared: tuple[StrategyName, ...] = ("ddp", "zero1", "zero2", "fsdp2")
+    return [*((name, "none") for name in shared), ("zero2", "optimizer"), ("fsdp2", "all")]
 
 
 def _overridden(config: RunConfig, overrides: Overrides) -> RunConfig:

@@ -14,6 +14,7 @@ from theworld_train.config import load_run_config
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.plan.advice import Planner
+from theworld_train.plan.strategies import strategy_of
 from theworld_train.plan.timing import plan_time
 from theworld_train.train.metrics import WARM_UP_STEPS, Forecast, Resources, read_metrics
 
@@ -26,7 +27,7 @@ def predict(config: RunConfig, taken: Resources) -> Forecast:
         taken: What the run has taken.
     """
     planner = Planner(config, taken.positions, taken.supervised, "cpu" if taken.device == "cpu" else "cuda")
-    setting = planner.setting(config.runtime.strategy, taken.ranks, config.runtime.offload)
+    setting = planner.setting(strategy_of(config.runtime.strategy), taken.ranks, config.runtime.offload)
     peak = planner.need(setting).peak.total
     gpu = gpu_of_device(taken.device)
     if gpu is None or config.runtime.offload != "none":  # what moves to the host is not timed
@@ -120,7 +121,7 @@ def calibrate_by(run: MeasuredRun, gpu: GpuSpec) -> Calibration:
         hint = None if known is None else f"plan for --gpu {known.name}"
         raise ConfigError(Problem(message, key="--calibrate", hint=hint))
     planner = Planner(run.config, run.taken.positions, run.taken.supervised)
-    setting = planner.setting(run.config.runtime.strategy, run.taken.ranks, run.config.runtime.offload)
+    setting = planner.setting(strategy_of(run.config.runtime.strategy), run.taken.ranks, run.config.runtime.offload)
     shares = efficiencies(gpu)
     predicted = plan_time(run.config, planner.run(setting), setting, gpu, shares).step
     return Calibration(

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
+from theworld_train.config.schema import OFFLOADING, Offload
+from theworld_train.config.schema import Strategy as StrategyName
 from theworld_train.plan.dry_run import DryRun, Gathering, PlannedParameter
 from theworld_train.plan.timeline import Peak, Span, Timeline, spans
 from theworld_train.plan.tracker import OPTIMIZER, Allocation, Category
 from theworld_train.train.engine import MAX_LIVE, REDUCE_BUCKET
 from theworld_train.train.groups import state_bytes
-
-StrategyName = Literal["ddp", "zero1", "zero2", "fsdp2", "zero3"]
-Offload = Literal["none", "optimizer", "all"]
-OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 
 #: Bytes of fp32, in which gradients are reduced.
 _FP32 = 4
@@ -28,44 +25,38 @@ class Strategy:
     Attributes:
         name: As the run config and the command line know it.
         about: What it shares.
-        offloads: What it can keep in the memory of the host.
         gathering: How weights are there when they are computed with; sharded ones are gathered.
     """
 
     name: StrategyName
     about: str
-    offloads: tuple[Offload, ...]
     gathering: Gathering = "none"
 
 
-STRATEGIES: dict[str, Strategy] = {
+STRATEGIES: dict[StrategyName, Strategy] = {
     strategy.name: strategy
     for strategy in (
-        Strategy("ddp", "every rank holds everything", ("none",)),
-        Strategy("zero1", "optimizer state is sharded", ("none", "optimizer")),
-        Strategy("zero2", "optimizer state and gradients are sharded", ("none", "optimizer")),
-        Strategy("fsdp2", "weights are sharded too, PyTorch's way", ("none", "all"), "computed"),
-        Strategy("zero3", "weights are sharded too, DeepSpeed's way", ("none", "optimizer", "all"), "stored"),
+        Strategy("ddp", "every rank holds everything"),
+        Strategy("zero1", "optimizer state is sharded"),
+        Strategy("zero2", "optimizer state and gradients are sharded"),
+        Strategy("fsdp2", "weights are sharded too, PyTorch's way", "computed"),
+        Strategy("zero3", "weights are sharded too, DeepSpeed's way", "stored"),
     )
 }
 
 
-def strategy_of(name: str, offload: Offload = "none") -> Strategy:
-    """Returns a strategy by its name.
+def strategy_of(name: str) -> StrategyName:
+    """Returns a strategy's name, once it is known to be one.
 
     Raises:
-        ConfigError: If it is not known, or cannot offload what is asked for.
+        ConfigError: If it is not.
     """
-    if name not in STRATEGIES:
-        hint = did_you_mean(name, list(STRATEGIES))
-        raise ConfigError(Problem("is no strategy", key="--strategy", value=name, hint=hint))
-    strategy = STRATEGIES[name]
-    if offload not in strategy.offloads:
-        able = ", ".join(other.name for other in STRATEGIES.values() if offload in other.offloads)
-        raise ConfigError(
-            Problem(f"{name} cannot offload this", key="--offload", value=offload, hint=f"these can: {able}")
-        )
-    return strategy
+    for known in STRATEGIES:
+        if name == known:
+            return known
+    raise ConfigError(
+        Problem("is no strategy", key="--strategy", value=name, hint=did_you_mean(name, list(STRATEGIES)))
+    )
 
 
 def offload_of(name: str) -> Offload:
@@ -74,10 +65,12 @@ def offload_of(name: str) -> Offload:
     Raises:
         ConfigError: If it is not known.
     """
-    for known in OFFLOADS:
+    for known in OFFLOADING:
         if name == known:
             return known
-    raise ConfigError(Problem("cannot be offloaded", key="--offload", value=name, hint=did_you_mean(name, OFFLOADS)))
+    raise ConfigError(
+        Problem("cannot be offloaded", key="--offload", value=name, hint=did_you_mean(name, list(OFFLOADING)))
+    )
 
 
 def rank_timeline(

@@ -60,6 +60,14 @@ def test_json_says_what_the_table_says(call: Call, tiny_run: str):
     assert rows[0]["positions"] > 3 * 16
 
 
+def test_offload_is_the_configs_where_nothing_else_is_said(call: Call, tiny_run: str):
+    overrides = ["runtime.strategy=zero2", "runtime.offload=optimizer"]
+    code, out, _ = call("plan", tiny_run, *overrides, "--gpus", "1,2", "--json")
+    assert code == 0
+    found = [(row["gpus"], row["strategy"], row["offload"]) for row in json.loads(out)["plans"]]
+    assert found == [(1, "ddp", "none"), *((2, name, "optimizer") for name in ("zero1", "zero2", "zero3"))]
+
+
 def test_several_kinds_of_gpu_share_one_table(call: Call, tiny_run: str):
     code, out, _ = call("plan", tiny_run, "--gpus", "1,8", "--gpu", "rtx-4090,h200")
     assert code == 0
@@ -78,7 +86,10 @@ def test_a_picture_is_drawn(call: Call, tiny_run: str, tmp_path: Path):
     [
         (["--gpu", "h100-90gb"], "did you mean"),
         (["--strategy", "zero4"], "did you mean"),
-        (["--strategy", "ddp", "--offload", "all"], "fsdp2, zero3"),
+        (["--strategy", "ddp", "--offload", "all", "--gpus", "2"], "these can: fsdp2, zero3"),
+        (["--strategy", "zero3", "--gpus", "2", "training.gradient_checkpointing=selective"], "these can: ddp, zero1"),
+        (["--plot", "memory.png", "--gpus", "1,2"], "one number of GPUs"),
+        (["--calibrate", "run", "--gpu", "l4,h100-80gb"], "one kind of them"),
         (["--offload", "optimiser"], "did you mean 'optimizer'"),
         (["--strategy", "zero2", "--offload", "optimizer"], "two GPUs or more"),
         (["--gpus", "none"], "numbers above zero"),

@@ -77,13 +77,22 @@ def test_the_cheapest_change_comes_first(planner: Callable[..., Planner]):
     priced = (plans.price(option, setting, gpu(GIB)) for option in plans.options(setting))
     changes = {str(change): change.verdict.need.least for change in priced}
     names = list(changes)
-    assert names[0] == "training.micro_batch_size=1"
-    assert 'training.micro_batch_size=1 training.gradient_checkpointing="full"' in names
-    assert changes[names[0]] < plans.need(setting).least
+    one = "training.micro_batch_size=1"
+    assert names[:3] == [one, *(f'{one} training.gradient_checkpointing="{mode}"' for mode in ("selective", "full"))]
+    assert changes[names[2]] < changes[names[1]] < changes[names[0]] < plans.need(setting).least
     found = plans.assess(setting, gpu(plans.need(setting).least - 1))
     assert str(found.change) == names[0]
     assert found.change.verdict.word == "fits"
     assert found.least is None
+
+
+def test_what_training_refuses_is_not_advised(planner: Callable[..., Planner]):
+    plans = planner(("world_projector",), batch=8, gradient_checkpointing="none")
+    options = list(plans.options(plans.setting("zero3", 2)))
+    modes = {(option.strategy, dict(option.overrides).get("training.gradient_checkpointing")) for option in options}
+    assert ("fsdp2", "selective") in modes
+    assert ("zero3", "full") in modes
+    assert ("zero3", "selective") not in modes
 
 
 def test_few_dry_runs_tell(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch):
