@@ -67,6 +67,17 @@ def test_the_largest_micro_batch_fits_and_five_times_as_many_do_not(planner: Cal
     assert plans.largest_micro_batch(plans.setting("ddp", 1), gpu(CONTEXT_BYTES)) == 0
 
 
+def test_hybrid_shards_within_a_machine(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(advice, "MACHINE_RANKS", 2)
+    whole, hybrid = planner(EVERYTHING, global_batch=8), planner(EVERYTHING, global_batch=8)
+    runtime = hybrid.config.runtime.model_copy(update={"strategy": "fsdp2", "hybrid": True})
+    hybrid.config = hybrid.config.model_copy(update={"runtime": runtime})
+    peaks = [plans.need(plans.setting("fsdp2", 4)).peak.total for plans in (whole, hybrid)]
+    assert peaks[0] < peaks[1] == whole.need(whole.setting("fsdp2", 2)).peak.total
+    ddp = [plans.need(plans.setting("ddp", 4)).peak.total for plans in (whole, hybrid)]
+    assert ddp[0] == ddp[1]
+
+
 def test_a_micro_batch_is_no_larger_than_a_ranks_share(planner: Callable[..., Planner]):
     assert planner(batch=4, global_batch=8).setting("ddp", 8).micro_batch_size == 1
 
