@@ -17,6 +17,7 @@ from theworld_train.assemble.model import load_model
 from theworld_train.checkpoint_files import Origin, origin_of, read_record, recorded_origin
 from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
+from theworld_train.export.directory import DTYPES, Dtype, export
 from theworld_train.model import TheWorld
 
 CHAIN = ("projection", "vision", "language")
@@ -66,6 +67,29 @@ def test_checkpoints_hold_all_that_the_chain_has_trained(chain: dict[str, Any]):
     optimizers = load_file(language.checkpoint / "optimizer.safetensors")
     assert {name.split(".")[0] for name in optimizers} == {"world_projector", "model"}
     assert not [name for name in optimizers if "vision_tower" in name]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_frozen_tower_is_in_the_last_checkpoint_and_its_export(
+    dtype: Dtype,
+    chain: dict[str, Any],
+    shipped: Callable[..., RunConfig],
+    finish: Callable[[RunConfig], Any],
+    tmp_path: Path,
+):
+    """The shipped last stage trains the tower on, so it is left out of that one's table here."""
+    table = {"trainable": {"world_projector": {}, "language_model": {}, "world_encoder": {}}, "expect_trainable": None}
+    source = {"init_from": str(chain["language"].checkpoint), "precision": chain["precision"]}
+    full = finish(shipped("full", tmp_path / "full", **source, **table))
+    assert file(full, "vision_tower") == file(chain["vision"], "vision_tower")
+    assert components(full)["vision_tower"]["trained_by"] == "vision"
+    export(full.checkpoint, tmp_path / "exported", dtype)
+    exported = TheWorld.from_pretrained(tmp_path / "exported")
+    trained = load_file(chain["vision"].checkpoint / "vision_tower.safetensors")
+    for name, parameter in exported.model.vision_tower.named_parameters():
+        assert parameter.dtype == DTYPES[dtype]
+        assert torch.equal(parameter, trained.pop(name).to(DTYPES[dtype])), name
+    assert not trained
 
 
 def test_thawed_masters_are_what_the_stage_before_the_last_left(
