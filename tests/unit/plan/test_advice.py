@@ -69,7 +69,7 @@ def test_the_largest_micro_batch_fits_and_five_times_as_many_do_not(planner: Cal
 
 def test_hybrid_shards_within_a_machine(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(advice, "MACHINE_RANKS", 2)
-    whole, hybrid = planner(EVERYTHING, global_batch=8), planner(EVERYTHING, global_batch=8)
+    whole, hybrid = planner(EVERYTHING, global_batch=64), planner(EVERYTHING, global_batch=64)
     runtime = hybrid.config.runtime.model_copy(update={"strategy": "fsdp2", "hybrid": True})
     hybrid.config = hybrid.config.model_copy(update={"runtime": runtime})
     peaks = [plans.need(plans.setting("fsdp2", 4)).peak.total for plans in (whole, hybrid)]
