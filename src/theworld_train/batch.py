@@ -18,6 +18,17 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
+class Blank:
+    """Stands for an image or a clip whose pixels nobody needs.
+
+    Attributes:
+        frames: Frames of the clip; 1 for an image.
+    """
+
+    frames: int = 1
+
+
+@dataclass(frozen=True)
 class EncodedSample:
     """One conversation as the model sees it, before padding.
 
@@ -49,17 +60,21 @@ class Encoder(Protocol):
     def encode(
         self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, world: bool = True
     ) -> EncodedSample:
-        """Encodes one conversation in the chat template's format, visual parts loaded; `world` writes world blocks."""
+        """Encodes one conversation in the chat template's format, visual parts loaded; `world` writes world blocks.
+
+        With a `Blank` in the place of each image and clip, the tokens are the same and there are no pixels.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples padded to one length.
+    """Rows padded to one length; a row is a sample, or several that do not see each other.
 
     Attributes:
         input_ids: `(batch, sequence)` int64.
-        attention_mask: `(batch, sequence)` int64, 1 at real tokens.
+        attention_mask: `(batch, sequence)` int64, at real tokens the number of their sample in its row, from 1; 0 at
+            padding.
         token_type_ids: `(batch, sequence)` int64, 1 at image tokens.
         labels: `(batch, sequence)` int64, the token itself where supervised and `IGNORE_INDEX` elsewhere.
         pixel_values: `(images, 3, height, width)` float32 over all samples in order, or None without images.
@@ -67,6 +82,7 @@ class Batch:
         world_frame_counts: number of frames of each world block; the blocks' frames lie one after the other.
         sample_ids: id of each sample.
         kinds: kind of question of each sample, for metrics by kind.
+        position_ids: `(batch, sequence)` int64, where rows hold several samples: of each token in its own one.
     """
 
     input_ids: Tensor
@@ -78,6 +94,7 @@ class Batch:
     world_frame_counts: tuple[int, ...]
     sample_ids: tuple[str, ...]
     kinds: tuple[str, ...]
+    position_ids: Tensor | None = None
 
     @property
     def num_supervised(self) -> int:
@@ -87,7 +104,7 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Number of tokens that are not padding."""
-        return int(self.attention_mask.sum())
+        return int((self.attention_mask > 0).sum())
 
     def to(self, device: torch.device | str) -> Batch:
         """Returns the batch with its tensors on `device`."""

@@ -21,7 +21,7 @@ from theworld_train.assemble.inputs import Inputs, open_inputs
 from theworld_train.assemble.model import LoadedModel, load_model
 from theworld_train.config import load_run_config
 from theworld_train.config.schema import MovingDigitsSource, RunConfig
-from theworld_train.data import Collator, TrainingOrder, Window, training_batches
+from theworld_train.data import Batching, Collator, TrainingOrder, Window, training_batches
 from theworld_train.data.moving_digits import WORDS, MovingDigits
 from theworld_train.model import TheWorld
 from theworld_train.model.build import write_tiny
@@ -220,6 +220,7 @@ class Parts:
             self.inputs.train,
             self.collator,
             order,
+            Batching("padded", self.inputs.max_length),
             rank=0,
             world_size=1,
             micro_batch_size=training.micro_batch_size,

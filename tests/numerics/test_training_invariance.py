@@ -24,7 +24,7 @@ from theworld_train.assemble import run
 from theworld_train.assemble.model import load_model
 from theworld_train.config import dump_config, parse_run_config
 from theworld_train.config.schema import RunConfig
-from theworld_train.data import TrainingOrder, open_source
+from theworld_train.data import Batching, TrainingOrder, open_source
 from theworld_train.model.components import COMPONENT_PATHS
 from theworld_train.train.ledger import trainable_components
 from theworld_train.train.metrics import read_metrics
@@ -38,6 +38,8 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 #: How each stage is checkpointed on two ranks; on one, nothing is.
 CHECKPOINTING = {"projection": "selective", "vision": "full", "language": "full", "full": "none"}
+#: How the samples of a step share micro-batches on two ranks; on one, they are all in one.
+BATCHING = {"projection": "padded", "vision": "grouped", "language": "packed", "full": "padded"}
 #: What each strategy can keep in host memory.
 OFFLOADING = {
     "ddp": (),
@@ -47,6 +49,7 @@ OFFLOADING = {
     "fsdp2": ("all",),
 }
 STEPS, GLOBAL_BATCH, SEED = 20, 8, 4
+IN_ORDER = Batching("padded", 4096)
 TOLERANCE = 1e-6
 
 TRAINING: dict[str, Any] = {
@@ -158,9 +161,9 @@ def test_micro_batches_differ_in_kind_and_in_supervised_tokens(
     order = TrainingOrder(len(source), SEED, GLOBAL_BATCH)
     shares, alone = [], 0
     for step in range(STEPS):
-        ranks = [order.micro_batches(step, rank, 2, 2) for rank in range(2)]
+        ranks = [IN_ORDER.micro_batches(order.indices(step), rank, 2, 2) for rank in range(2)]
         for pair in zip(*ranks, strict=True):
-            micro_batches = [[source[order.index(position)] for position in positions] for positions in pair]
+            micro_batches = [[source[place.index] for (place,) in batch] for batch in pair]
             without_image = [all(sample.kind == "text" for sample in samples) for samples in micro_batches]
             alone += without_image[0] != without_image[1]
             words = [
@@ -182,6 +185,18 @@ def test_eight_micro_batches_of_one_equal_one_of_eight(
 ):
     train(configure(stage, tmp_path, 1))
     assert_same_training(whole(stage), tmp_path)
+
+
+@pytest.mark.parametrize("batching", ["grouped", "packed"])
+def test_neither_does_the_way_in_which_samples_share_micro_batches(
+    batching: str, whole: Callable[[str], Path], configure: Configure, tmp_path: Path
+):
+    length = {"data": configure("full", tmp_path, 2).data.model_copy(update={"max_sequence_length": 128}).model_dump()}
+    train(configure("full", tmp_path, 2, training={**TRAINING, "batching": batching}, **length))
+    assert_same_training(whole("full"), tmp_path)
+    shares = [sum(row["train/padding_share"] for row in rows(run)) / STEPS for run in (whole("full"), tmp_path)]
+    print(f"padding: {shares[0]:.1%} in one micro-batch, {shares[1]:.1%} {batching}")
+    assert shares[1] < 0.6 * shares[0]
 
 
 def test_chunks_of_the_loss_and_checkpointing_change_nothing_either(
@@ -233,13 +248,17 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
 ):
     """One test, since most of its time goes into starting the ranks."""
     runtime = {"runtime": {"strategy": strategy}}
-    # Between them: with and without accumulation, with and without recomputation.
+    # Between them: with and without accumulation and recomputation, in their order, by length and packed.
     configs = {
         stage: configure(
             stage,
             tmp_path / stage,
             4 if stage == "vision" else 2,
-            training={**TRAINING, "gradient_checkpointing": checkpointing_of(stage, strategy)},
+            training={
+                **TRAINING,
+                "gradient_checkpointing": checkpointing_of(stage, strategy),
+                "batching": BATCHING[stage],
+            },
             **runtime,
         )
         for stage in STAGES
@@ -315,7 +334,10 @@ def unlabelled(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -
     config = configure("full", directory, 8, training={**TRAINING, "max_steps": 6}, name=UNLABELLED)
     order, source = TrainingOrder(48, SEED, GLOBAL_BATCH), open_source(config.data.train)
     labelled = [
-        any(source[order.index(p)].kind in LABELLED for part in order.micro_batches(step, rank, 2, 1) for p in part)
+        any(
+            source[place.index].kind in LABELLED
+            for ((place,),) in IN_ORDER.micro_batches(order.indices(step), rank, 2, 1)
+        )
         for step in range(6)
         for rank in range(2)
     ]

@@ -30,10 +30,13 @@ def supervising(kinds: Collection[str]) -> Generator[None]:
 
     original = Collator.collate
 
-    def collate(self: Any, pairs: Any) -> Any:
+    def collate(self: Any, rows: Any) -> Any:
         shown = [
-            (sample, encoded if sample.kind in kinds else replace(encoded, supervised=encoded.supervised & False))
-            for sample, encoded in pairs
+            [
+                (sample, encoded if sample.kind in kinds else replace(encoded, supervised=encoded.supervised & False))
+                for sample, encoded in row
+            ]
+            for row in rows
         ]
         return original(self, shown)
 

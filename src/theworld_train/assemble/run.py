@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 
 from theworld_train.accounting.ledger import ParameterLedger, lines
@@ -20,12 +21,14 @@ from theworld_train.config import dump_config, load_run_config
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
+    Batching,
     Collator,
     EvaluationBatch,
     TrainingOrder,
     Window,
     accumulation_steps,
     evaluation_batches,
+    measure_lengths,
     training_batches,
 )
 from theworld_train.model import TheWorldForConditionalGeneration
@@ -192,6 +195,8 @@ def _train(
     accumulation = accumulation_steps(
         config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
     )
+    collator = Collator(inputs.processor, inputs.max_length)
+    batching = _batching(config, inputs, collator, runtime)
     with runtime.agreement():
         loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
         ledger = build_ledger(loaded.model, config)
@@ -213,7 +218,6 @@ def _train(
         _announce(config, ledger, steps, accumulation, runtime, inheritance, console)
         progress = ProgressDisplay(console, config.name, inheritance.step, steps)
     _start_trackers(config, runtime)
-    collator = Collator(inputs.processor, inputs.max_length)
     saver = RunSaver(config, inputs, loaded, ledger)
     trainer = Trainer(
         config=config,
@@ -223,7 +227,7 @@ def _train(
         engine=engine,
         max_steps=steps,
         first_step=inheritance.step,
-        windows=lambda start, number: _windows(config, inputs, collator, order, runtime, start, number),
+        windows=lambda start, number: _windows(config, inputs, collator, order, batching, runtime, start, number),
         held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, collator, runtime),
         save=saver,
         metrics=metrics,
@@ -251,11 +255,26 @@ def _restore(
         restore_random_state(inheritance.rng[runtime.rank])
 
 
+def _batching(config: RunConfig, inputs: Inputs, collator: Collator, runtime: Runtime) -> Batching:
+    """Returns how samples are laid into micro-batches; for their lengths, each rank measures a share of them."""
+    kind = config.training.batching
+    if kind == "padded":
+        return Batching(kind, inputs.max_length)
+    with runtime.agreement():
+        own = range(runtime.rank, len(inputs.train), runtime.world_size)
+        measured = measure_lengths(inputs.train, collator, own, config.data.num_workers, runtime.beat)
+    lengths = np.zeros(len(inputs.train), dtype=np.int32)
+    for rank, share in enumerate(runtime.gather(measured)):
+        lengths[rank :: runtime.world_size] = share
+    return Batching(kind, inputs.max_length, lengths)
+
+
 def _windows(
     config: RunConfig,
     inputs: Inputs,
     collator: Collator,
     order: TrainingOrder,
+    batching: Batching,
     runtime: Runtime,
     start: int,
     number: int,
@@ -264,6 +283,7 @@ def _windows(
         inputs.train,
         collator,
         order,
+        batching,
         rank=runtime.rank,
         world_size=runtime.world_size,
         micro_batch_size=config.training.micro_batch_size,

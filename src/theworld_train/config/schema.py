@@ -232,6 +232,7 @@ class ScheduleSection(Section):
 
 
 CheckpointingMode = Literal["none", "full", "selective"]
+BatchingKind = Literal["padded", "grouped", "packed"]
 
 
 class GradientCheckpointing(Section):
@@ -285,7 +286,11 @@ class TrainingSection(Section):
     global_batch_size: PositiveInt = 8
     """Samples in an optimizer step, over all ranks and accumulated micro-batches."""
     micro_batch_size: PositiveInt = 1
-    """Samples that one rank processes at once; accumulation is derived and must divide."""
+    """Samples that one rank processes at once (rows, if they are packed); accumulation is derived and must divide."""
+    batching: BatchingKind = "padded"
+    """How the samples of an optimizer step share micro-batches: as they come (`padded`), by length (`grouped`), or
+    several in a row of up to `data.max_sequence_length` tokens, none of which sees another (`packed`). Which samples a
+    step learns from stays the same."""
     gradient_clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the whole gradient; no limit if null."""
     gradient_checkpointing: GradientCheckpointing = GradientCheckpointing()
@@ -445,6 +450,18 @@ class RunConfig(Section):
                 )
         if self.resume and self.init_from and self.resume != "latest":
             raise ValueError("resume continues a run, init_from starts one: set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> RunConfig:
+        if self.training.batching == "packed":
+            if self.model.attention in ("sdpa", "eager"):
+                raise ValueError(
+                    f"training.batching: packed needs model.attention: auto, banded or flex; {self.model.attention} "
+                    "would let the samples of a row see each other"
+                )
+            if self.training.loss == "reference_4_56":
+                raise ValueError("training.loss: reference_4_56 knows one sample a row; set training.batching: padded")
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from theworld_train.config.schema import HubSource, JsonlSource, MovingDigitsSource
+from theworld_train.data.batching import Batching
 from theworld_train.data.collator import Collator
+from theworld_train.data.lengths import measure_lengths
 from theworld_train.data.loader import (
     Dropped,
     EvaluationBatch,
@@ -16,6 +18,7 @@ from theworld_train.data.order import TrainingOrder, accumulation_steps
 from theworld_train.data.source import MediaError, Sample, Source, UnreadableSampleError
 
 __all__ = [
+    "Batching",
     "Collator",
     "Dropped",
     "EvaluationBatch",
@@ -28,6 +31,7 @@ __all__ = [
     "accumulation_steps",
     "check_budget",
     "evaluation_batches",
+    "measure_lengths",
     "open_source",
     "training_batches",
 ]

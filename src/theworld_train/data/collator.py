@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -12,9 +12,12 @@ from theworld_train.batch import IGNORE_INDEX, Batch, EncodedSample, Encoder
 from theworld_train.data.budget import fit_to_budget
 from theworld_train.data.source import Sample, UnreadableSampleError
 
+#: A sample, and what its collator made of it.
+Encoded = tuple[Sample, EncodedSample]
+
 
 class Collator:
-    """Encodes samples, fits them to the longest allowed sequence and pads them to one length.
+    """Encodes samples, fits them to the longest allowed sequence and pads rows of them to one length.
 
     Labels are made here and nowhere else, from the positions that the encoder marks as supervised.
     """
@@ -53,37 +56,51 @@ class Collator:
         Raises:
             ValueError: If one does not fit; the message names it.
         """
-        pairs = []
+        rows: list[list[Encoded]] = []
         for sample in samples:
             encoded = self.encode(sample)
             if encoded is None:
                 raise ValueError(f"sample {sample.id} does not fit {self.max_length} tokens with an answer left")
-            pairs.append((sample, encoded))
-        return self.collate(pairs)
+            rows.append([(sample, encoded)])
+        return self.collate(rows)
 
-    def collate(self, pairs: Sequence[tuple[Sample, EncodedSample]]) -> Batch:
-        """Pads encoded samples to the longest of them.
+    def collate(self, rows: Sequence[Sequence[Encoded]]) -> Batch:
+        """Pads rows of encoded samples to the longest of them.
 
         Args:
-            pairs: Samples and what `encode` made of them; at least one.
+            rows: Of each row its samples, and what `encode` made of them; at least one row of at least one sample.
         """
+        pairs = [pair for row in rows for pair in row]
         samples, encoded = zip(*pairs, strict=True)
         pixel_values = [item.pixel_values for item in encoded if item.pixel_values is not None]
         world_frames = [frames for item in encoded for frames in item.world_frames]
-        labels = [item.input_ids.masked_fill(~item.supervised, IGNORE_INDEX) for item in encoded]
+        packed = len(pairs) > len(rows)
         return Batch(
-            input_ids=self._pad([item.input_ids for item in encoded], self.encoder.pad_token_id),
-            attention_mask=self._pad([torch.ones_like(item.input_ids) for item in encoded], 0),
-            token_type_ids=self._pad([item.token_type_ids for item in encoded], 0),
-            labels=self._pad(labels, IGNORE_INDEX),
+            input_ids=self._pad(rows, lambda item, _: item.input_ids, self.encoder.pad_token_id),
+            attention_mask=self._pad(rows, lambda item, place: torch.full_like(item.input_ids, place + 1), 0),
+            token_type_ids=self._pad(rows, lambda item, _: item.token_type_ids, 0),
+            labels=self._pad(rows, _labels, IGNORE_INDEX),
             pixel_values=torch.cat(pixel_values) if pixel_values else None,
             world_frames=torch.cat(world_frames) if world_frames else None,
             world_frame_counts=tuple(frames.shape[0] for frames in world_frames),
             sample_ids=tuple(sample.id for sample in samples),
             kinds=tuple(sample.kind for sample in samples),
+            position_ids=self._pad(rows, lambda item, _: torch.arange(len(item.input_ids)), 0) if packed else None,
         )
 
-    def _pad(self, rows: Sequence[Tensor], value: int) -> Tensor:
+    def _pad(
+        self, rows: Sequence[Sequence[Encoded]], values: Callable[[EncodedSample, int], Tensor], padding: int
+    ) -> Tensor:
+        """Returns `(rows, longest)` of what each sample has in its place of its row."""
+        joined = [torch.cat([values(item, place) for place, (_, item) in enumerate(row)]) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(
-            list(rows), batch_first=True, padding_value=value, padding_side=self.padding_side
+            joined, batch_first=True, padding_value=padding, padding_side=self.padding_side
         )
+
+
+def _labels(item: EncodedSample, place: int) -> Tensor:
+    """Returns the tokens to predict; what a row's later samples begin with is none, as the one before precedes it."""
+    labels = item.input_ids.masked_fill(~item.supervised, IGNORE_INDEX)
+    if place:
+        labels[0] = IGNORE_INDEX
+    return labels

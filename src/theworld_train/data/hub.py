@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from theworld_train.batch import Blank
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.schema import HubSource
 from theworld_train.data.conversation import Conversation, ImagePart, VideoPart, parse_row
@@ -84,6 +85,15 @@ class HubConversations:
             raise UnreadableSampleError(sample_id, str(error)) from error
         return Sample(sample_id, conversation.kind, messages, conversation.world)
 
+    def outline(self, index: int) -> Sample:
+        """Returns one row with blanks for its images, which are not read."""
+        row = next(self._rows_without_pixels(index, index + 1))
+        conversation, problems = self._parse(row, index)
+        if conversation is None:
+            raise ConfigError(problems)
+        messages = build_messages(conversation, lambda _: Blank(), _no_video)
+        return Sample(conversation.id or f"{self._name}:{index}", conversation.kind, messages, conversation.world)
+
     def check(self) -> list[Problem]:
         """Checks the structure of every row, without reading the images."""
         return first_problems(self._problems(), self._name)
@@ -100,12 +110,13 @@ class HubConversations:
                 message = f"the id is already that of row {first}"
                 yield Problem(message, source=self._where(index), key="id", value=conversation.id)
 
-    def _rows_without_pixels(self) -> Iterator[dict[str, Any]]:
-        """Yields every row, with None for each image without bytes and an empty string for the others."""
+    def _rows_without_pixels(self, first: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+        """Yields rows, with None for each image without bytes and an empty string for the others."""
         columns = [name for name in self._dataset.column_names if name != "images"]
         texts = self._dataset.select_columns(columns)
-        for start in range(0, len(texts), CHECK_ROWS):
-            stop = min(start + CHECK_ROWS, len(texts))
+        end = len(texts) if end is None else end
+        for start in range(first, end, CHECK_ROWS):
+            stop = min(start + CHECK_ROWS, end)
             batch = texts[start:stop]
             images = self._image_marks(start, stop)
             for offset in range(stop - start):

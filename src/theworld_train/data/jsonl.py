@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import JsonlSource
 from theworld_train.data.conversation import Conversation, VideoPart, parse_row
-from theworld_train.data.media import check_media, load_messages
+from theworld_train.data.media import check_media, load_messages, outline_messages
 from theworld_train.data.source import MediaError, Sample, UnreadableSampleError, first_problems
 from theworld_train.data.video import missing_decoder
 
@@ -55,6 +56,13 @@ class JsonlConversations:
             UnreadableSampleError: If a medium is damaged.
             ConfigError: If the row is wrong.
         """
+        return self._sample(index, load_messages)
+
+    def outline(self, index: int) -> Sample:
+        """Returns one row with blanks for its media; see `Source`."""
+        return self._sample(index, outline_messages)
+
+    def _sample(self, index: int, render: Callable[[Conversation, Path, int, str], list[dict[str, Any]]]) -> Sample:
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
             conversation, problems = self._parse(index, file.readline())
@@ -62,7 +70,7 @@ class JsonlConversations:
             raise ConfigError(problems)
         sample_id = self._id(index, conversation)
         try:
-            messages = load_messages(conversation, self._root, self._max_video_frames, self._where(index))
+            messages = render(conversation, self._root, self._max_video_frames, self._where(index))
         except MediaError as error:
             raise UnreadableSampleError(sample_id, str(error)) from error
         return Sample(sample_id, conversation.kind, messages, conversation.world)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from theworld_train.batch import Batch, EncodedSample
+from theworld_train.batch import Batch
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.data.collator import Collator
+from theworld_train.data.batching import Batching, MicroBatch, Place
+from theworld_train.data.collator import Collator, Encoded
 from theworld_train.data.order import EvaluationSlot, TrainingOrder, evaluation_micro_batches
-from theworld_train.data.source import Sample, Source, UnreadableSampleError
+from theworld_train.data.source import Source, UnreadableSampleError
+from theworld_train.data.workers import end_workers, start_worker
 
 #: Samples in a row that may turn out unusable before the run stops.
 MAX_REPLACEMENTS = 1000
@@ -67,6 +67,7 @@ def training_batches(
     source: Source,
     collator: Collator,
     order: TrainingOrder,
+    batching: Batching,
     *,
     rank: int,
     world_size: int,
@@ -85,9 +86,10 @@ def training_batches(
         source: The samples.
         collator: Encodes and pads them.
         order: Which samples each step takes.
+        batching: How these are laid into micro-batches.
         rank: This rank.
         world_size: Number of ranks.
-        micro_batch_size: Samples of a batch.
+        micro_batch_size: Rows of a batch.
         start_step: First optimizer step, above 0 when a run is resumed.
         num_steps: Number of optimizer steps to yield.
         num_workers: Worker processes; 0 loads in this process.
@@ -96,10 +98,11 @@ def training_batches(
     Raises:
         ConfigError: If the global batch cannot be split evenly, or if no usable sample is found.
     """
-    per_step = len(order.micro_batches(0, rank, world_size, micro_batch_size))
-    requests = _TrainingRequests(order, rank, world_size, micro_batch_size, range(start_step, start_step + num_steps))
+    steps = range(start_step, start_step + num_steps)
+    requests = _TrainingRequests(order, batching, rank, world_size, micro_batch_size, steps)
+    requests.of(0)  # answers now if the global batch cannot be split
     loaded = _load(source, collator, requests, num_workers, pin_memory)
-    return _windows(loaded, requests.steps, per_step)
+    return _windows(loaded, requests)
 
 
 def evaluation_batches(
@@ -129,7 +132,7 @@ def evaluation_batches(
         ConfigError: If no usable sample is found.
     """
     slots = evaluation_micro_batches(min(num_samples, len(source)), rank, world_size, micro_batch_size)
-    requests = [[slot.index for slot in batch] for batch in slots]
+    requests = [tuple((Place(slot.index, collator.max_length),) for slot in batch) for batch in slots]
     loaded = _load(source, collator, requests, min(num_workers, len(requests)), pin_memory)
     return _evaluations(loaded, slots)
 
@@ -166,18 +169,22 @@ def check_budget(source: Source, collator: Collator, samples: int = 8) -> list[P
 
 @dataclass(frozen=True)
 class _TrainingRequests:
-    """The indices of every micro-batch of a run, made one by one: a long run has millions."""
+    """The places of every micro-batch of a run, made one by one: a long run has millions."""
 
     order: TrainingOrder
+    batching: Batching
     rank: int
     world_size: int
     micro_batch_size: int
     steps: range
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         for step in self.steps:
-            for positions in self.order.micro_batches(step, self.rank, self.world_size, self.micro_batch_size):
-                yield [self.order.index(position) for position in positions]
+            yield from self.of(step)
+
+    def of(self, step: int) -> list[MicroBatch]:
+        """Returns the micro-batches that the rank takes in a step."""
+        return self.batching.micro_batches(self.order.indices(step), self.rank, self.world_size, self.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -185,7 +192,7 @@ class _Loaded:
     """What a worker made of one micro-batch: the batch, or the error that this process raises in its stead.
 
     A `ConfigError` travels as a value, since the loader would wrap it in a worker's traceback. `dropped` holds, for
-    each place of the batch, the sample that was due there and those that failed in its stead; mostly none.
+    each sample of the batch, the one that was due there and those that failed in its stead; mostly none.
     """
 
     batch: Batch | None
@@ -197,49 +204,52 @@ class _Loaded:
 
 
 class _MicroBatches(Dataset[_Loaded]):
-    """Loads a micro-batch, given the indices of its samples."""
+    """Loads a micro-batch, given the places of its samples."""
 
     def __init__(self, source: Source, collator: Collator) -> None:
         self._source = source
         self._collator = collator
 
-    def __getitem__(self, indices: Sequence[int]) -> _Loaded:
+    def __getitem__(self, rows: MicroBatch) -> _Loaded:
         try:
-            return self._load(indices)
+            return self._load(rows)
         except ConfigError as error:
             return _Loaded(None, error=error)
 
-    def _load(self, indices: Sequence[int]) -> _Loaded:
-        pairs: list[tuple[Sample, EncodedSample]] = []
+    def _load(self, rows: MicroBatch) -> _Loaded:
+        loaded: list[list[Encoded]] = []
         dropped: list[tuple[Dropped, ...]] = []
-        for index in indices:
-            pair, before = self._usable(index)
-            pairs.append(pair)
-            dropped.append(before)
-        return _Loaded(self._collator.collate(pairs), tuple(dropped))
+        for row in rows:
+            loaded.append([])
+            for place in row:
+                pair, before = self._usable(place)
+                loaded[-1].append(pair)
+                dropped.append(before)
+        return _Loaded(self._collator.collate(loaded), tuple(dropped))
 
-    def _usable(self, index: int) -> tuple[tuple[Sample, EncodedSample], tuple[Dropped, ...]]:
-        """Returns the first usable sample from `index` on, and those before it."""
+    def _usable(self, place: Place) -> tuple[Encoded, tuple[Dropped, ...]]:
+        """Returns the first usable sample from a place's index on that fits its room, and the unusable before it."""
         dropped: list[Dropped] = []
         tries = min(len(self._source), MAX_REPLACEMENTS)
-        for candidate in range(index, index + tries):
+        for candidate in range(place.index, place.index + tries):
             try:
                 sample = self._source[candidate % len(self._source)]
                 encoded = self._collator.encode(sample)
             except UnreadableSampleError as error:
                 dropped.append(Dropped(error.sample_id, error.reason))
                 continue
-            if encoded is not None:
+            if encoded is None:
+                reason = f"does not fit {self._collator.max_length} tokens with its images and a part of its answer"
+                dropped.append(Dropped(sample.id, reason))
+            elif len(encoded.input_ids) <= place.room:
                 return (sample, encoded), tuple(dropped)
-            reason = f"does not fit {self._collator.max_length} tokens with its images and a part of its answer"
-            dropped.append(Dropped(sample.id, reason))
         last = dropped[-1]
-        message = f"none of {tries} samples in a row is usable; the last one, {last.sample_id}: {last.reason}"
+        message = f"none of {tries} samples in a row is usable here; the last one, {last.sample_id}: {last.reason}"
         raise ConfigError(Problem(message, key="data", hint="check data.max_sequence_length and the media files"))
 
 
 def _load(
-    source: Source, collator: Collator, requests: Iterable[list[int]], num_workers: int, pin_memory: bool
+    source: Source, collator: Collator, requests: Iterable[MicroBatch], num_workers: int, pin_memory: bool
 ) -> Generator[_Loaded, None, None]:
     """Yields one loaded micro-batch for each request, in order, and ends the workers whatever happens."""
     loader: DataLoader[_Loaded] = DataLoader(
@@ -248,7 +258,7 @@ def _load(
         sampler=requests,
         num_workers=num_workers,
         collate_fn=_identity,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=pin_memory,
         # A generator of its own: the loader would otherwise draw from the global one, which belongs to the model.
         generator=torch.Generator(),
@@ -260,13 +270,13 @@ def _load(
                 raise loaded.error
             yield loaded
     finally:
-        _end_workers(iterator)
+        end_workers(iterator)
 
 
-def _windows(loaded: Generator[_Loaded, None, None], steps: range, per_step: int) -> Generator[Window, None, None]:
+def _windows(loaded: Generator[_Loaded, None, None], requests: _TrainingRequests) -> Generator[Window, None, None]:
     try:
-        for step in steps:
-            parts = [next(loaded) for _ in range(per_step)]
+        for step in requests.steps:
+            parts = [next(loaded) for _ in requests.of(step)]
             batches = tuple(part.batch for part in parts if part.batch is not None)
             dropped = tuple(sample for part in parts for place in part.dropped for sample in place)
             yield Window(step, batches, dropped)
@@ -291,23 +301,3 @@ def _evaluations(
 
 def _identity(loaded: object) -> object:
     return loaded
-
-
-def _start_worker(_worker: int) -> None:
-    # A scheduler signals the whole job. Only the training process may react, by saving at the next step; a worker that
-    # died of the signal would take the step with it. Workers end when the training process does.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # Tokenizers would warn in every worker that their own threads cannot be forked.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _end_workers(iterator: object) -> None:
-    """Asks the workers of a loader's iterator to end, and kills those that do not."""
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is None:
-        return
-    shutdown()
-    for worker in getattr(iterator, "_workers", ()):
-        if worker.is_alive():
-            worker.kill()

@@ -8,10 +8,11 @@ from typing import Any
 
 from PIL import Image
 
+from theworld_train.batch import Blank
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.conversation import Conversation, ImagePart, TextPart, VideoPart
 from theworld_train.data.images import open_image
-from theworld_train.data.video import FRAME_SUFFIXES, frame_files, read_clip, read_frames
+from theworld_train.data.video import FRAME_SUFFIXES, clip_length, frame_files, read_clip, read_frames, select_frames
 
 MISSING = "no such file"
 
@@ -67,28 +68,44 @@ def load_messages(conversation: Conversation, root: Path, max_video_frames: int,
         ConfigError: If a path is refused.
     """
 
-    def path_of(name: object) -> Path:
-        try:
-            return locate(root, name)
-        except ValueError as error:
-            raise ConfigError(Problem(str(error), source=source, value=name)) from None
-
     def image(part: ImagePart) -> Image.Image:
-        return open_image(path_of(_image_name(part, conversation)))
+        return open_image(_path(root, _image_name(part, conversation), source))
 
     def video(part: VideoPart) -> list[Image.Image]:
         if part.frames:
-            return read_frames([path_of(name) for name in part.frames], max_video_frames)
-        assert part.path is not None
-        return read_clip(path_of(part.path), max_video_frames)
+            return read_frames([_path(root, name, source) for name in part.frames], max_video_frames)
+        return read_clip(_path(root, part.path, source), max_video_frames)
 
     return build_messages(conversation, image, video)
 
 
+def outline_messages(
+    conversation: Conversation, root: Path, max_video_frames: int, source: str
+) -> list[dict[str, Any]]:
+    """Renders a row with blanks for its media; of clips, only video files are opened, to count their frames.
+
+    Arguments and errors are those of `load_messages`.
+    """
+
+    def video(part: VideoPart) -> Blank:
+        if part.frames:
+            return Blank(len(select_frames(len(part.frames), max_video_frames)))
+        return Blank(clip_length(_path(root, part.path, source), max_video_frames))
+
+    return build_messages(conversation, lambda _: Blank(), video)
+
+
+def _path(root: Path, name: object, source: str) -> Path:
+    try:
+        return locate(root, name)
+    except ValueError as error:
+        raise ConfigError(Problem(str(error), source=source, value=name)) from None
+
+
 def build_messages(
     conversation: Conversation,
-    image: Callable[[ImagePart], Image.Image],
-    video: Callable[[VideoPart], list[Image.Image]],
+    image: Callable[[ImagePart], Image.Image | Blank],
+    video: Callable[[VideoPart], list[Image.Image] | Blank],
 ) -> list[dict[str, Any]]:
     """Renders a parsed row in the chat template's format, its media loaded by the two functions."""
 

@@ -7,6 +7,7 @@ nothing of the motion. The vision tower sees that frame alone, and only the worl
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from theworld_train.batch import Blank
 from theworld_train.config.errors import Problem
 from theworld_train.config.schema import MovingDigitsSource
 from theworld_train.data.source import Sample
@@ -79,6 +81,14 @@ class MovingDigits:
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         return Sample(id=f"moving-digits-{config.split}-{index}", kind=kind, messages=messages, world=world)
+
+    def outline(self, index: int) -> Sample:
+        """Returns the sample at `index` with a blank clip."""
+        sample = self[index]
+        question, answer = sample.messages
+        blank = {"type": "video", "video": Blank(self._config.frames)}
+        content = [blank if part["type"] == "video" else part for part in question["content"]]
+        return replace(sample, messages=[{**question, "content": content}, answer])
 
     def _clip(self, scan: int, direction: str, draw: np.random.Generator) -> tuple[int, list[Image.Image]]:
         """Returns the digit and its frames, drawn back in time from a last frame that shows it whole."""

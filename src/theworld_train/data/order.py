@@ -1,8 +1,8 @@
 """The order of samples, as pure functions of the seed and the step.
 
 Training walks an endless stream of positions. Position `p` is in epoch `p // n`, whose permutation of the `n` samples
-depends on (seed, epoch) alone. The global batch of a step is a slice of that stream, cut into micro-batches afterwards:
-neither the number of ranks nor that of workers changes which samples a step learns from.
+depends on (seed, epoch) alone. The global batch of a step is a slice of that stream, which `batching` lays into
+micro-batches: neither the number of ranks nor that of workers changes which samples a step learns from.
 """
 
 from __future__ import annotations
@@ -41,22 +41,10 @@ class TrainingOrder:
         epoch, offset = divmod(position, self.num_samples)
         return int(permutation(self.num_samples, self.seed, epoch)[offset])
 
-    def global_batch(self, step: int) -> list[int]:
-        """Returns the positions that optimizer step `step`, counted from 0, learns from."""
-        return list(range(step * self.global_batch_size, (step + 1) * self.global_batch_size))
-
-    def micro_batches(self, step: int, rank: int, world_size: int, micro_batch_size: int) -> list[list[int]]:
-        """Returns the positions of each micro-batch that one rank takes in a step.
-
-        Micro-batch `a` of rank `r` is the `(a * world_size + r)`-th of the global batch.
-
-        Raises:
-            ConfigError: If ranks and micro-batches do not divide the global batch.
-        """
-        accumulation = accumulation_steps(self.global_batch_size, micro_batch_size, world_size)
-        positions = self.global_batch(step)
-        starts = [(a * world_size + rank) * micro_batch_size for a in range(accumulation)]
-        return [positions[start : start + micro_batch_size] for start in starts]
+    def indices(self, step: int) -> list[int]:
+        """Returns the indices of the samples that optimizer step `step`, counted from 0, learns from."""
+        first = step * self.global_batch_size
+        return [self.index(position) for position in range(first, first + self.global_batch_size)]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class Source(Protocol):
         """
         ...
 
+    def outline(self, index: int) -> Sample:
+        """Returns one sample with a `Blank` in the place of each image and clip; raises as `__getitem__` does."""
+        ...
+
     def check(self) -> list[Problem]:
         """Checks the structure of every row without decoding media, and returns what is wrong."""
         ...

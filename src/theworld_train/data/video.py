@@ -70,6 +70,18 @@ def read_clip(path: Path, max_frames: int) -> list[Image.Image]:
     return frames
 
 
+def clip_length(path: Path, max_frames: int) -> int:
+    """Returns the frames that `read_clip` takes; a video file is read for it, a directory only listed.
+
+    Raises:
+        MediaError: If the clip is damaged, of no known format, too large or empty; the message names it.
+        ConfigError: If the package that decodes videos is missing.
+    """
+    if path.is_dir() and (files := frame_files(path)):
+        return len(select_frames(len(files), max_frames))
+    return len(read_clip(path, max_frames))
+
+
 def read_frames(paths: Sequence[Path], max_frames: int, name: Path | None = None) -> list[Image.Image]:
     """Reads a clip whose frames are image files, in the order given; `name` names the clip in errors."""
     if not paths:

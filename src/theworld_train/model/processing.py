@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from theworld_train.accounting.tokens import world_tokens
-from theworld_train.batch import EncodedSample
+from theworld_train.batch import Blank, EncodedSample
 from theworld_train.config.errors import ConfigError
 
 START_OF_WORLD, WORLD, END_OF_WORLD = "<start_of_world>", "<world>", "<end_of_world>"
@@ -59,8 +59,8 @@ CHAT_TEMPLATE = """\
 #: How a template marks the text that the model has to generate; `add_generation_prompt` alone does not.
 _MARKS_GENERATED_TEXT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-#: An image, or a clip as a sequence of images in time order whose last one is the present.
-Visual = Image.Image | Sequence[Image.Image]
+#: An image, or a clip as a sequence of images in time order whose last one is the present; or a blank for either.
+Visual = Image.Image | Sequence[Image.Image] | Blank
 #: What `__call__` takes: one image, the images of one text, or for each text its images and clips.
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Visual]] | None
 
@@ -153,7 +153,7 @@ class TheWorldProcessor(Gemma3Processor):
 
         Args:
             messages: Turns in the chat template's format; image parts hold a PIL image under `image`, video parts a
-                list of them under `video`.
+                list of them under `video`, or both a `Blank`, and then there are no pixels.
             add_generation_prompt: Whether to end with the opening of an assistant turn.
             world: Whether to write world blocks, if the processor has them at all.
 
@@ -208,8 +208,9 @@ class TheWorldProcessor(Gemma3Processor):
         input_ids = torch.tensor([token for ids, _ in pieces for token in ids], dtype=torch.int64)
         flags = [flag for ids, flag in pieces for _ in ids]
         pixel_values = None
-        if visuals:
-            images = [_present(visual) for visual in visuals]
+        seen = [visual for visual in visuals if not isinstance(visual, Blank)]
+        if seen:
+            images = [_present(visual) for visual in seen]
             pixel_values = torch.as_tensor(np.stack(self.image_processor(images, return_tensors=None)["pixel_values"]))
         return EncodedSample(
             input_ids=input_ids,
@@ -217,7 +218,7 @@ class TheWorldProcessor(Gemma3Processor):
             supervised=torch.tensor(flags, dtype=torch.bool),
             indivisible=self._indivisible(input_ids),
             pixel_values=pixel_values,
-            world_frames=tuple(self._fit_frames(visual) for visual in visuals) if world else (),
+            world_frames=tuple(self._fit_frames(visual) for visual in seen) if world else (),
         )
 
     def _expand(self, text: str, visuals: Sequence[Visual], world: bool) -> tuple[str, int]:
@@ -228,7 +229,7 @@ class TheWorldProcessor(Gemma3Processor):
     def _block(self, visual: Visual, world: bool) -> str:
         block = ""
         if world:
-            frames = 1 if isinstance(visual, Image.Image) else len(visual)
+            frames = _num_frames(visual)
             number = world_tokens(self.world_tokens, self.world_resolution, self.world_latent_channels, frames)  # type: ignore[arg-type]
             block = START_OF_WORLD + WORLD * number + END_OF_WORLD
         return block + str(self.full_image_sequence)
@@ -239,7 +240,7 @@ class TheWorldProcessor(Gemma3Processor):
             ids += self.tokenizer.convert_tokens_to_ids(list(WORLD_TOKENS))
         return torch.isin(input_ids, torch.tensor(ids))
 
-    def _fit_frames(self, visual: Visual) -> Tensor:
+    def _fit_frames(self, visual: Image.Image | Sequence[Image.Image]) -> Tensor:
         """Returns the frames of an image or clip as `(frames, 3, resolution, resolution)` in [-1, 1]."""
         frames = [visual] if isinstance(visual, Image.Image) else list(visual)
         fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in frames]
@@ -362,13 +363,19 @@ def collect_visuals(messages: Sequence[dict[str, Any]]) -> list[Visual]:
             if part["type"] not in ("image", "video"):
                 continue
             visual = part.get(part["type"])
-            if not isinstance(visual, Image.Image) and not (visual and isinstance(visual[0], Image.Image)):
+            if not isinstance(visual, Image.Image | Blank) and not (visual and isinstance(visual[0], Image.Image)):
                 raise ValueError(f"a part of type {part['type']!r} holds no loaded image under {part['type']!r}")
             visuals.append(visual)
     return visuals
 
 
-def _present(visual: Visual) -> Image.Image:
+def _num_frames(visual: Visual) -> int:
+    if isinstance(visual, Blank):
+        return visual.frames
+    return 1 if isinstance(visual, Image.Image) else len(visual)
+
+
+def _present(visual: Image.Image | Sequence[Image.Image]) -> Image.Image:
     """The frame that the vision tower sees: the image, or the last frame of the clip, in RGB."""
     frame = visual if isinstance(visual, Image.Image) else visual[-1]
     return frame if frame.mode == "RGB" else frame.convert("RGB")

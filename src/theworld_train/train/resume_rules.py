@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "training": "allowed",
     "training.global_batch_size": "forbidden",
     "training.micro_batch_size": "safe",
+    "training.batching": "safe",
     "training.gradient_checkpointing": "safe",
     "training.activation_offload": "safe",
     "training.loss_chunk_size": "safe",

@@ -138,6 +138,7 @@ class StageModule(nn.Module):
             hidden = model.model(
                 inputs_embeds=embeds,
                 attention_mask=self._mask(batch),
+                position_ids=batch.position_ids,
                 token_type_ids=batch.token_type_ids,
                 use_cache=False,
             ).last_hidden_state

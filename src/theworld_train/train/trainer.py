@@ -44,6 +44,7 @@ class StepResult:
         rates: Learning rate by component.
         supervised_tokens: Supervised tokens of the window.
         tokens: Tokens of the window, padding not counted.
+        padding: Share of the positions computed that are padding.
         inputs: What the window held: text always, images, world blocks.
         clips_seen: Whether one of the world blocks had several frames.
         dropped: Samples of all ranks that others have replaced.
@@ -54,6 +55,7 @@ class StepResult:
     rates: dict[str, float]
     supervised_tokens: int
     tokens: int
+    padding: float
     inputs: frozenset[Input]
     clips_seen: bool
     dropped: tuple[Dropped, ...]
@@ -70,6 +72,7 @@ class _Totals:
 
     supervised: int
     tokens: int
+    positions: int
     dropped: int
     inputs: frozenset[Input]
     longest: int
@@ -235,6 +238,7 @@ class Trainer:
             rates=rates,
             supervised_tokens=totals.supervised,
             tokens=totals.tokens,
+            padding=1 - totals.tokens / totals.positions,
             inputs=totals.inputs,
             clips_seen=totals.longest > 1,
             dropped=self._gather_dropped(window) if totals.dropped else (),
@@ -249,24 +253,26 @@ class Trainer:
             StoppedError: If a rank has been told to stop.
         """
         batches = window.micro_batches if isinstance(window, Window) else ()
-        own = [batch.num_supervised for batch in batches] or [0] * self._accumulation
+        # Packed windows have fewer micro-batches than others, equally many on all ranks.
+        own = [batch.num_supervised for batch in batches] + [0] * (self._accumulation - len(batches))
         for batch, number in zip(batches, own, strict=False):
-            samples, positions = batch.input_ids.shape
-            self._longest = max(self._longest, positions)
-            self._most_supervised = max(self._most_supervised, math.ceil(number / samples))
+            rows, length = batch.input_ids.shape
+            self._longest = max(self._longest, length)
+            self._most_supervised = max(self._most_supervised, math.ceil(number / rows))
         ranks = self._runtime.exchange(
             [
                 isinstance(window, Exception),
                 self._stop.made,
                 sum(own),
                 sum(batch.num_tokens for batch in batches),
+                sum(batch.input_ids.numel() for batch in batches),
                 len(window.dropped) if isinstance(window, Window) else 0,
                 any(batch.pixel_values is not None for batch in batches),
                 max((max(batch.world_frame_counts, default=0) for batch in batches), default=0),
                 *(num_chunks(number, self._stage.chunk_size) for number in own),
             ]
         )
-        failed, stopped, supervised, tokens, dropped, images, longest, *chunks = zip(*ranks, strict=True)
+        failed, stopped, supervised, tokens, positions, dropped, images, longest, *chunks = zip(*ranks, strict=True)
         if any(failed):
             self._runtime.raise_failures(window if isinstance(window, Exception) else None)
         assert isinstance(window, Window)
@@ -276,6 +282,7 @@ class Trainer:
         return _Totals(
             supervised=int(sum(supervised)),
             tokens=int(sum(tokens)),
+            positions=int(sum(positions)),
             dropped=int(sum(dropped)),
             inputs=frozenset(name for name, there in seen.items() if there),
             longest=int(max(longest)),
@@ -317,6 +324,7 @@ class Trainer:
             "train/grad_norm": result.grad_norm,
             "train/supervised_tokens": result.supervised_tokens,
             "train/tokens": result.tokens,
+            "train/padding_share": result.padding,
             "train/skipped": float(result.skipped),
             "time/step_s": seconds,
             "time/data_wait_s": waited,

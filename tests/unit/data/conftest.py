@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from theworld_train.batch import EncodedSample
+from theworld_train.batch import Blank, EncodedSample
 from theworld_train.config.errors import Problem
 from theworld_train.data import Sample, UnreadableSampleError
 
@@ -41,6 +41,8 @@ class FakeEncoder:
                 types += [0 if is_text else 1] * len(tokens)
                 supervised += [is_text and message["role"] == "assistant"] * len(tokens)
                 if not is_text:
+                    if isinstance(part[part["type"]], Blank):
+                        continue
                     pixels.append(torch.full((1, 3, 2, 2), float(len(ids))))
                     frames.append(torch.zeros(len(part["video"]) if part["type"] == "video" else 1, 3, 8, 8))
         return EncodedSample(
@@ -73,6 +75,9 @@ class FakeSource:
         answer = [{"type": "text", "text": f"a{index}"}]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return Sample(f"s{index}", "even" if index % 2 == 0 else "odd", messages)
+
+    def outline(self, index: int) -> Sample:
+        return self[index]
 
     def check(self) -> list[Problem]:
         return []

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from theworld_train.batch import Encoder
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import HubSource
 from theworld_train.data import UnreadableSampleError, open_source
@@ -237,3 +238,13 @@ def test_fetching_tells_the_commit(save: Save) -> None:
 def test_a_source_can_be_sent_to_a_worker(save: Save) -> None:
     again = pickle.loads(pickle.dumps(open_source(HubSource(source="hub", id=str(save(ROWS))))))
     assert again[0].messages[0]["content"][1]["image"].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_outline_has_the_tokens_of_a_row_and_no_pixels(save: Callable[..., Path], encoder: Encoder):
+    source = read(save(ROWS))
+    for index in range(len(ROWS)):
+        outline, loaded = source.outline(index), source[index]
+        tokens, expected = (encoder.encode(sample.messages) for sample in (outline, loaded))
+        assert tokens.input_ids.tolist() == expected.input_ids.tolist()
+        assert tokens.pixel_values is None
+        assert (outline.id, outline.kind, outline.world) == (loaded.id, loaded.kind, loaded.world)

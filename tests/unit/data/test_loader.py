@@ -7,22 +7,27 @@ import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.unit.data.conftest import FakeSource
 from theworld_train.batch import Batch, Encoder
 from theworld_train.config.errors import ConfigError
 from theworld_train.data import (
+    Batching,
     Collator,
     Sample,
     TrainingOrder,
     Window,
     check_budget,
     evaluation_batches,
+    measure_lengths,
     training_batches,
 )
+from theworld_train.data.batching import Place
 from theworld_train.data.loader import _MicroBatches
 from theworld_train.data.source import Source
 
@@ -49,7 +54,11 @@ def train(source: Source, encoder: Encoder, **changes: Any) -> Generator[Window,
         "pin_memory": False,
     }
     order = TrainingOrder(len(source), seed=changes.pop("seed", 1), global_batch_size=4)
-    return training_batches(source, Collator(encoder, changes.pop("max_length", 50)), order, **{**options, **changes})
+    collator = Collator(encoder, changes.pop("max_length", 50))
+    kind = changes.pop("batching", "padded")
+    lengths = None if kind == "padded" else measure_lengths(source, collator, range(len(source)), 0)
+    batching = Batching(kind, collator.max_length, lengths)
+    return training_batches(source, collator, order, batching, **{**options, **changes})
 
 
 def content(batches: tuple[Batch, ...]) -> list[tuple[Any, ...]]:
@@ -65,7 +74,7 @@ def test_a_window_holds_the_micro_batches_of_its_step(fake_source: Sources, enco
     assert [window.step for window in windows] == [3, 4]
     assert all(len(window.micro_batches) == 2 for window in windows)
     order = TrainingOrder(10, seed=1, global_batch_size=4)
-    due = [[f"s{order.index(position)}" for position in order.global_batch(step)] for step in (3, 4)]
+    due = [[f"s{index}" for index in order.indices(step)] for step in (3, 4)]
     assert ids(iter(windows)) == due
     assert windows[0].micro_batches[0].kinds[0] == ("even" if int(due[0][0][1:]) % 2 == 0 else "odd")
 
@@ -106,7 +115,7 @@ def test_an_unusable_sample_is_replaced_by_the_next_one_and_reported(fake_source
     windows = list(train(source, encoder, num_steps=5))
     usable = {2: 5, 3: 5, 4: 5, 9: 0}
     order = TrainingOrder(10, seed=1, global_batch_size=4)
-    due = [[order.index(position) for position in order.global_batch(step)] for step in range(5)]
+    due = [order.indices(step) for step in range(5)]
     assert ids(iter(windows)) == [[f"s{usable.get(index, index)}" for index in step] for step in due]
     reasons = {dropped.sample_id: dropped.reason for window in windows for dropped in window.dropped}
     assert set(reasons) == {"s2", "s3", "s4", "s9"}
@@ -119,7 +128,9 @@ def test_without_a_usable_sample_the_run_stops_and_says_why(
     fake_source: Sources, encoder: Encoder, num_workers: int
 ) -> None:
     source = fake_source(3, long=frozenset(range(3)))
-    with pytest.raises(ConfigError, match=r"none of 3 samples in a row is usable; .* does not fit 50 tokens") as caught:
+    with pytest.raises(
+        ConfigError, match=r"none of 3 samples in a row is usable here; .* does not fit 50 tokens"
+    ) as caught:
         list(train(source, encoder, num_workers=num_workers))
     assert len(caught.value.problems) == 1
     assert "Traceback" not in str(caught.value)
@@ -182,10 +193,10 @@ def test_pinning_keeps_what_comes_with_a_batch(
     pinned: list[Batch] = []
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
     source = fake_source(4, unreadable=frozenset({1}))
-    loaded = _MicroBatches(source, Collator(encoder, 50))[[0, 1]]
+    loaded = _MicroBatches(source, Collator(encoder, 50))[((Place(0, 50),), (Place(1, 50),))]
     assert loaded.pin_memory() == loaded
     assert pinned == [loaded.batch]
-    failed = _MicroBatches(fake_source(1, long=frozenset({0})), Collator(encoder, 50))[[0]]
+    failed = _MicroBatches(fake_source(1, long=frozenset({0})), Collator(encoder, 50))[((Place(0, 50),),)]
     assert failed.pin_memory() is failed
 
 
@@ -260,3 +271,36 @@ def test_check_budget_tells_how_long_the_samples_are(fake_source: Sources, encod
     assert "none of 8 samples fits 50 tokens" in str(problem)
     assert "the shortest has 502" in str(problem)
     assert problem.key == "data.max_sequence_length"
+
+
+# -- by length, and several in a row ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batching", ["grouped", "packed"])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (2, 1), (1, 2)])
+def test_a_step_learns_from_the_same_samples_in_whatever_batches(
+    fake_source: Sources, encoder: Encoder, batching: str, world_size: int, micro_batch_size: int
+) -> None:
+    source = fake_source(10, long=frozenset({2, 3}), unreadable=frozenset({7}))
+    layout = {"world_size": world_size, "micro_batch_size": micro_batch_size}
+    expected = [sorted(step) for step in ids(train(source, encoder))]
+    ranks = [ids(train(source, encoder, batching=batching, rank=rank, **layout)) for rank in range(world_size)]
+    assert [sorted(name for share in step for name in share) for step in zip(*ranks, strict=True)] == expected
+
+
+def test_a_damaged_sample_is_replaced_by_one_that_its_row_has_room_for(encoder: Encoder) -> None:
+    class Damaged(FakeSource):
+        def outline(self, index: int) -> Sample:
+            return replace(self, unreadable=frozenset())[index]
+
+    source = Damaged(10, unreadable=frozenset({0, 1}))
+    windows = list(train(source, encoder, batching="packed", micro_batch_size=1, max_length=14, num_steps=5))
+    due = TrainingOrder(10, seed=1, global_batch_size=4)
+    # Samples 5 and 6 ask with as many letters as 0 and 1; all from 2 to 4 ask with more.
+    stands_in = {0: 5, 1: 5}
+    for window in windows:
+        names = [name for batch in window.micro_batches for name in batch.sample_ids]
+        expected = [f"s{stands_in.get(index, index)}" for index in due.indices(window.step)]
+        assert sorted(names) == sorted(expected)
+        assert all(batch.input_ids.shape[1] <= 14 for batch in window.micro_batches)
+    assert {dropped.sample_id for window in windows for dropped in window.dropped} == {"s0", "s1"}

@@ -14,7 +14,7 @@ from theworld_train.data.order import (
 
 
 def indices(order: TrainingOrder, steps: int) -> list[int]:
-    return [order.index(position) for step in range(steps) for position in order.global_batch(step)]
+    return [index for step in range(steps) for index in order.indices(step)]
 
 
 def test_each_epoch_takes_every_sample_once_and_in_an_order_of_its_own() -> None:
@@ -27,7 +27,6 @@ def test_each_epoch_takes_every_sample_once_and_in_an_order_of_its_own() -> None
 
 def test_global_batches_run_over_the_end_of_an_epoch() -> None:
     order = TrainingOrder(num_samples=5, seed=0, global_batch_size=4)
-    assert order.global_batch(1) == [4, 5, 6, 7]
     stream = indices(order, steps=5)
     assert all(sorted(stream[start : start + 5]) == list(range(5)) for start in (0, 5, 10, 15))
 
@@ -55,21 +54,6 @@ def test_seeds_and_epochs_do_not_mirror_each_other() -> None:
 def test_the_permutation_has_no_favourites() -> None:
     first = [int(permutation(4, seed, 0)[0]) for seed in range(400)]
     assert all(70 < first.count(index) < 130 for index in range(4))
-
-
-@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2), (8, 1)])
-def test_the_global_batch_does_not_depend_on_how_it_is_split(world_size: int, micro_batch_size: int) -> None:
-    order = TrainingOrder(num_samples=11, seed=5, global_batch_size=8)
-    for step in (0, 1, 7):
-        ranks = [order.micro_batches(step, rank, world_size, micro_batch_size) for rank in range(world_size)]
-        accumulated = zip(*ranks, strict=True)
-        assert [p for parts in accumulated for part in parts for p in part] == order.global_batch(step)
-        assert {len(batch) for rank in ranks for batch in rank} == {micro_batch_size}
-
-
-def test_micro_batch_a_of_rank_r_starts_at_its_documented_place() -> None:
-    order = TrainingOrder(num_samples=100, seed=0, global_batch_size=12)
-    assert order.micro_batches(1, 1, 2, 3) == [[15, 16, 17], [21, 22, 23]]
 
 
 @pytest.mark.parametrize(("global_batch_size", "micro_batch_size", "world_size"), [(8, 3, 1), (8, 2, 3), (2, 2, 2)])
