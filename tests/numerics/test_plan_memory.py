@@ -47,11 +47,16 @@ def test_the_published_logits_are_four_buffers():
 
 
 @pytest.mark.parametrize("trainable", [PROJECTION, LANGUAGE, EVERYTHING], ids=len)
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
-def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpointing: str):
-    config, model = run_config(trainable, gradient_checkpointing=checkpointing), architecture()
+@pytest.mark.parametrize(
+    ("checkpointing", "batching"),
+    [("none", "padded"), ("full", "padded"), ("selective", "padded"), ("full", "packed")],
+)
+def test_a_real_step_takes_what_was_planned(trainable: tuple[str, ...], checkpointing: str, batching: str):
+    config = run_config(trainable, gradient_checkpointing=checkpointing, batching=batching)
+    model = architecture()
     planned = dry_run(config, device="cpu", architecture=model)
     shape = sample_shape(config, model)
+    assert shape.images > 1 if batching == "packed" else shape.images == 1
     batch = synthetic_batch(model, shape, 2)
     real = trace_steps(config, real_model(model), (batch,), shape, steps=2, device="cpu")
     for step in (0, 1):

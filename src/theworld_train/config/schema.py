@@ -460,6 +460,8 @@ class RunConfig(Section):
                     f"training.batching: packed needs model.attention: auto, banded or flex; {self.model.attention} "
                     "would let the samples of a row see each other"
                 )
+            if self.data.max_sequence_length is None:
+                raise ValueError("training.batching: packed needs data.max_sequence_length, the length of a row")
             if self.training.loss == "reference_4_56":
                 raise ValueError("training.loss: reference_4_56 knows one sample a row; set training.batching: padded")
         return self

@@ -47,17 +47,19 @@ _MEASURED_SAMPLES = 64
 
 @dataclass(frozen=True)
 class SampleShape:
-    """The shape of one sample, which holds one image and, with a world path, one world block.
+    """The shape of one row, which holds one image and, with a world path, one world block; packed, several of both.
 
     Attributes:
         positions: Tokens, image and world tokens included.
         supervised: Tokens that the model has to predict.
-        frames: Frames of the world block.
+        frames: Frames of a world block.
+        images: Images, and world blocks.
     """
 
     positions: int
     supervised: int
     frames: int = 1
+    images: int = 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def sample_shape(
 ) -> SampleShape:
     """Returns the shape of the largest sample that a config allows: one image or clip, and text up to the limit.
 
-    Without a limit it is that of the longest of the first samples, if they are at hand.
+    A packed row may hold as many images as fit it, or as much text; it is given both. Without a limit it is that of the longest of the first samples, if they are at hand.
 
     Args:
         config: The run config.
@@ -167,7 +169,8 @@ def sample_shape(
         raise ConfigError(
             Problem(f"more supervised tokens than text: {text - 1} positions of {limit} can be", value=supervised)
         )
-    return SampleShape(limit, text - 1 if supervised is None else supervised, frames=frames)
+    images = limit // visual if config.training.batching == "packed" else 1
+    return SampleShape(limit, text - 1 if supervised is None else supervised, frames=frames, images=images)
 
 
 def _longest_sample(config: RunConfig) -> SampleShape:
@@ -213,6 +216,7 @@ def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch: 
         ids += [architecture.end_of_world_token_id]
     image = architecture.image_token_index
     ids += [architecture.boi_token_index, *[image] * architecture.mm_tokens_per_image, architecture.eoi_token_index]
+    ids *= shape.images
     ids += [0] * (shape.positions - len(ids))
     labels = [IGNORE_INDEX] * (shape.positions - shape.supervised) + [0] * shape.supervised
     input_ids = torch.tensor([ids] * size)
@@ -224,9 +228,9 @@ def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch: 
         attention_mask=torch.ones_like(input_ids),
         token_type_ids=(input_ids == image).long(),
         labels=torch.tensor([labels] * size),
-        pixel_values=torch.zeros(size, 3, vision.image_size, vision.image_size),
-        world_frames=torch.zeros(size * shape.frames, 3, side, side) if has_world else None,
-        world_frame_counts=(shape.frames,) * size if has_world else (),
+        pixel_values=torch.zeros(size * shape.images, 3, vision.image_size, vision.image_size),
+        world_frames=torch.zeros(size * shape.images * shape.frames, 3, side, side) if has_world else None,
+        world_frame_counts=(shape.frames,) * size * shape.images if has_world else (),
         sample_ids=tuple(str(index) for index in range(size)),
         kinds=("plan",) * size,
     )

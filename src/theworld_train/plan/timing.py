@@ -50,7 +50,7 @@ def plan_time(
         gpu: What it runs on.
         shares: Of the GPU's peaks, as measured; the shipped ones if absent.
     """
-    training, samples = config.training, setting.micro_batch_size * setting.ranks
+    training, samples = config.training, setting.micro_batch_size * setting.ranks * dry.shape.images
     accumulation = max(1, math.ceil(training.global_batch_size / samples))
     shares = efficiencies(gpu) if shares is None else shares
     work = step_work(
@@ -59,6 +59,7 @@ def plan_time(
             setting.micro_batch_size,
             dry.shape.positions,
             dry.shape.supervised,
+            images=dry.shape.images,
             frames=dry.shape.frames,
             gradient_accumulation_steps=accumulation,
         ),

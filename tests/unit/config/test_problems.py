@@ -184,6 +184,25 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
             "layers that are computed again; fsdp2 shards as much",
             None,
         ),
+        (
+            "model: {attention: sdpa}\ntraining: {batching: packed}",
+            None,
+            "training.batching: packed needs model.attention: auto, banded or flex; sdpa would let the samples of a row "
+            "see each other",
+            None,
+        ),
+        (
+            "training: {batching: packed}",
+            None,
+            "training.batching: packed needs data.max_sequence_length, the length of a row",
+            None,
+        ),
+        (
+            "data: {max_sequence_length: 512}\ntraining: {batching: packed, loss: reference_4_56}",
+            None,
+            "training.loss: reference_4_56 knows one sample a row; set training.batching: padded",
+            None,
+        ),
         ("training: {epochs: 1}", "training", "exactly one of max_steps and epochs must be set", None),
     ],
 )
