@@ -138,7 +138,8 @@ def sample_shape(
 ) -> SampleShape:
     """Returns the shape of the largest sample that a config allows: one image or clip, and text up to the limit.
 
-    A packed row may hold as many images as fit it, or as much text; it is given both. Without a limit it is that of the longest of the first samples, if they are at hand.
+    A packed row may hold as many images as fit it, or as much text; it is given both. Without a limit the sample is the
+    longest of the first ones, if they are at hand.
 
     Args:
         config: The run config.

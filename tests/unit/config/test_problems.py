@@ -187,8 +187,8 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
         (
             "model: {attention: sdpa}\ntraining: {batching: packed}",
             None,
-            "training.batching: packed needs model.attention: auto, banded or flex; sdpa would let the samples of a row "
-            "see each other",
+            "training.batching: packed needs model.attention: auto, banded or flex; sdpa would let the samples of a "
+            "row see each other",
             None,
         ),
         (
