@@ -1,6 +1,6 @@
 """Measures the fast step against the plain one, lever by lever, each pair in one process and taking turns.
 
-    python benchmarks/step.py [step] [attention] [encoder] [length] [rate] [--size 270m] [--repeats 3]
+    python benchmarks/step.py [step] [loss] [attention] [encoder] [batch] [length] [rate] [--size 270m] [--repeats 3]
 
 Without names, all of them run. On a GPU the size is that of Gemma 3 4B, with random weights; on a CPU that of Gemma 3
 270M's text. Prints tables of ratios, and writes a record with hardware and versions into benchmarks/results/.
@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from measuring import device, fastest, memory_peak, random_model, table, write_record
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
 from theworld_train.accounting.pieces import AttentionWork, attended_pairs
@@ -30,6 +30,7 @@ from theworld_train.model.world_encoder import WorldEncoder, vae_config
 from theworld_train.plan.dry_run import sample_shape, synthetic_batch
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.ledger import trainable_components
+from theworld_train.train.loss import supervised_loss
 from theworld_train.train.stage import StageModule
 
 MIB = 2**20
@@ -37,6 +38,7 @@ MIB = 2**20
 WORLD_TOKENS, TEXT, SUPERVISED = 1024, 64, 32
 #: Positions of the attention that is measured by itself.
 POSITIONS = 4096
+BATCHES = (1, 2, 4)
 LENGTHS = (1024, 2304, 4096, 9216, 16384)
 #: Side of the square matrices whose product is the measure of the machine.
 MATRIX = 3072
@@ -63,6 +65,7 @@ LEVERS = {
     "loss at supervised positions": PLAIN,
     "+ attention in blocks": {"attention": "banded", "kernels": "plain"},
     "+ lean kernels": {"attention": "banded", "kernels": "lean"},
+    "+ compiled kernels": {"attention": "banded", "kernels": "compiled"},
 }
 
 
@@ -105,11 +108,30 @@ class Step:
 
 
 def make_step(
-    size: str, levers: dict[str, str], *, world_tokens: int = WORLD_TOKENS, precision: str = "bf16", layers: int = 0
+    size: str,
+    levers: dict[str, str],
+    *,
+    world_tokens: int = WORLD_TOKENS,
+    precision: str = "bf16",
+    layers: int = 0,
+    batch: int = 1,
 ) -> Step:
     """Returns a step of random weights, the same whatever the levers are."""
+    config = _step_config(world_tokens, levers, precision, batch)
+    architecture = _architecture(size, config, layers)
+    model = random_model(architecture, torch.float32 if precision == "fp32" else torch.bfloat16)
+    apply_trainable(model, trainable_components(config), config.precision)
+    torch.nn.Module.to(model, device())
+    stage = build_stage(model, config)
+    stage.set_training_modes()
+    sample = sample_shape(config, architecture, supervised=SUPERVISED)
+    inputs = synthetic_batch(architecture, sample, batch).to(device())
+    return Step(config, stage, inputs, stage.encode(inputs))
+
+
+def _step_config(world_tokens: int, levers: dict[str, str], precision: str, batch: int) -> RunConfig:
     resolution = 8 * round(world_tokens**0.5)
-    config = parse_run_config(
+    return parse_run_config(
         {
             "name": "step",
             "output_dir": "unused",
@@ -120,18 +142,14 @@ def make_step(
                 "train": {"source": "moving_digits", "split": "train", "samples": 8, "frames": 1},
                 "max_sequence_length": world_tokens + 2 + 256 + 2 + TEXT,
             },
-            "training": {"max_steps": 1, "global_batch_size": 1, "gradient_checkpointing": "none"},
+            "training": {
+                "max_steps": 1,
+                "global_batch_size": batch,
+                "micro_batch_size": batch,
+                "gradient_checkpointing": "none",
+            },
         }
     )
-    architecture = _architecture(size, config, layers)
-    model = random_model(architecture, torch.float32 if precision == "fp32" else torch.bfloat16)
-    apply_trainable(model, trainable_components(config), config.precision)
-    torch.nn.Module.to(model, device())
-    stage = build_stage(model, config)
-    stage.set_training_modes()
-    sample = sample_shape(config, architecture, supervised=SUPERVISED)
-    batch = synthetic_batch(architecture, sample, 1).to(device())
-    return Step(config, stage, batch, stage.encode(batch))
 
 
 def _architecture(size: str, config: RunConfig, layers: int) -> TheWorldConfig:
@@ -197,6 +215,65 @@ def measure_agreement(size: str) -> dict[str, float]:
             for name, gradient in expected_gradients.items()
         ),
     }
+
+
+def measure_loss(size: str, repeats: int) -> dict[str, Any]:
+    """Times the loss over a frozen head, forward and backward, with logits of all positions and of the supervised."""
+    text = _TEXTS[size] or describe_model(_step_config(WORLD_TOKENS, {}, "bf16", 1)).text_config.to_dict()
+    head = torch.nn.Linear(text["hidden_size"], text["vocab_size"], bias=False).to(device(), torch.bfloat16)
+    head.requires_grad_(False)
+    positions = WORLD_TOKENS + 260 + TEXT
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, positions, text["hidden_size"], generator=generator)
+    hidden = hidden.to(device(), torch.bfloat16).requires_grad_()
+    labels = torch.full((1, positions), -100, device=device())
+    labels[:, -SUPERVISED:] = 7
+
+    def whole() -> Tensor:
+        logits = head(hidden)[:, :-1].float()
+        return cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+    def supervised() -> Tensor:
+        return supervised_loss(hidden, labels, head, chunk_size=1024, chunks=1, frozen_head=True).loss_sum
+
+    functions = {name: _with_gradient(loss, hidden) for name, loss in (("whole", whole), ("ours", supervised))}
+    times = fastest(functions, repeats)
+    rows = [{"path": name, "seconds": times[name], "memory": memory_peak(functions[name])} for name in functions]
+    shown = [
+        [
+            row["path"],
+            f"{row['seconds']:.3f}",
+            f"x{rows[0]['seconds'] / row['seconds']:.0f}",
+            f"{row['memory'] / MIB:,.0f}",
+        ]
+        for row in rows
+    ]
+    print(f"the loss alone, {positions:,} positions, {SUPERVISED} of them supervised")
+    print(table(["logits", "forward and backward (s)", "faster", "peak (MiB)"], shown), "\n")
+    return {"rows": rows}
+
+
+def _with_gradient(loss: Callable[[], Tensor], inputs: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        return torch.autograd.grad(loss(), inputs)[0]
+
+    return run
+
+
+def measure_batch(size: str, repeats: int) -> dict[str, Any]:
+    """Times the step against the samples of a micro-batch."""
+    rows: list[dict[str, Any]] = []
+    for batch in BATCHES:
+        step = make_step(size, LEVERS["+ lean kernels"], batch=batch)
+        seconds = fastest({"ours": step.ours}, repeats)["ours"]
+        rows.append({"batch": batch, "seconds": seconds, "memory": memory_peak(step.ours)})
+    shown = [
+        [row["batch"], f"{row['seconds']:.2f}", f"{row['seconds'] / row['batch']:.2f}", f"{row['memory'] / MIB:,.0f}"]
+        for row in rows
+    ]
+    print("the step against the samples of a micro-batch")
+    print(table(["samples", "step (s)", "of a sample (s)", "peak above weights (MiB)"], shown), "\n")
+    return {"rows": rows}
 
 
 def measure_attention(repeats: int) -> dict[str, Any]:
@@ -343,13 +420,15 @@ def measure_rate(repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = ("step", "attention", "encoder", "length", "rate")
+    names = ("step", "loss", "attention", "encoder", "batch", "length", "rate")
     parser.add_argument("parts", nargs="*", choices=[*names, []], help="what is measured; everything by default")
     parser.add_argument("--size", choices=list(_TEXTS), default="270m" if device().type == "cpu" else "4b")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "step": lambda: measure_step(options.size, options.repeats),
+        "loss": lambda: measure_loss(options.size, options.repeats),
+        "batch": lambda: measure_batch(options.size, options.repeats),
         "attention": lambda: measure_attention(options.repeats),
         "encoder": lambda: measure_encoder(options.repeats),
         "length": lambda: measure_length(options.size, options.repeats),

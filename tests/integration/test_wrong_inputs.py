@@ -93,6 +93,14 @@ def test_base_that_attends_otherwise_is_refused(
     assert named in error
 
 
+def test_kernels_are_not_compiled_without_a_compiler(weightless: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    error = error_of([*weightless, "model.kernels=compiled"])
+    assert "model.kernels" in error
+    assert "needs a C++ compiler" in error
+
+
 def test_missing_base_is_named(weightless: list[str]) -> None:
     error = error_of([*weightless, "model.base=runs/nowhere/gemma"])
     assert "model.base" in error

@@ -19,7 +19,7 @@ from theworld_train.model.attention import BANDED, FLEX
 from theworld_train.model.build import build_on_meta, describe_architecture
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
-from theworld_train.model.kernels import make_lean
+from theworld_train.model.kernels import find_compiler, make_lean
 from theworld_train.train.checkpoint import (
     Base,
 )
@@ -63,7 +63,7 @@ def load_model(
         ConfigError: If weights are missing, or the checkpoint does not fit them.
     """
     world = config.model.world
-    _check_attention(config, trains=bool(trainable))
+    _check_means(config, trains=bool(trainable))
     if trainable and config.model.attention == "flex" and not torch.cuda.is_available():
         hint = "use banded, which computes the same"
         raise ConfigError(Problem("has no backward pass on a CPU", key="model.attention", value="flex", hint=hint))
@@ -130,8 +130,8 @@ def attention_of(config: RunConfig) -> dict[str, str]:
     return {"text_config": language, "vision_config": "eager" if chosen == "eager" else "sdpa"}
 
 
-def _check_attention(config: RunConfig, *, trains: bool) -> None:
-    """Refuses a base whose attention the one that is asked for does not compute; only training drops out."""
+def _check_means(config: RunConfig, *, trains: bool) -> None:
+    """Refuses ways to compute that the base or the machine does not go with; only training drops out."""
     text = cast(Gemma3TextConfig, describe_model(config).text_config)
     problems = []
     if text.use_bidirectional_attention:
@@ -141,6 +141,9 @@ def _check_attention(config: RunConfig, *, trains: bool) -> None:
         message = f"has no dropout, but {config.model.base} has attention_dropout {text.attention_dropout}"
         hint = "use sdpa or eager, or set attention_dropout to 0 in the base's config.json"
         problems.append(Problem(message, key="model.attention", value=config.model.attention, hint=hint))
+    if config.model.kernels == "compiled" and not find_compiler():
+        message = "needs a C++ compiler, and there is none"
+        problems.append(Problem(message, key="model.kernels", value="compiled", hint="install g++, or use lean"))
     if problems:
         raise ConfigError(problems)
 
@@ -156,8 +159,8 @@ def ledger_of(config: RunConfig) -> ParameterLedger:
 
 def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> StageModule:
     """Returns the module of a run's training step around a model that `apply_trainable` has prepared."""
-    if config.model.kernels == "lean":
-        make_lean(model.model.language_model)
+    if config.model.kernels != "plain":
+        make_lean(model.model.language_model, compiled=config.model.kernels == "compiled")
     return StageModule(
         model,
         trainable_components(config),

@@ -78,8 +78,9 @@ class ModelSection(Section):
     """How the language model attends: `flex` (FlexAttention, on CUDA alone), `banded` (block by block of queries, over
     the keys that they can see), `sdpa` and `eager` (with masks over all pairs). `auto` is `banded`. All
     compute the same; backends that drop Gemma 3's image mask are not offered."""
-    kernels: Literal["lean", "plain"] = "lean"
-    """`lean`: norms and gated activations that keep less for the backward pass; `plain`: those of transformers."""
+    kernels: Literal["lean", "compiled", "plain"] = "lean"
+    """`lean`: norms and gated activations that keep less for the backward pass; `compiled`: the same, each fused by
+    torch.compile when it is first used, which needs a C compiler and half a minute; `plain`: those of transformers."""
     world: WorldConfig = WorldConfig()
     """The world path."""
 
@@ -450,6 +451,12 @@ class RunConfig(Section):
                 )
         if self.resume and self.init_from and self.resume != "latest":
             raise ValueError("resume continues a run, init_from starts one: set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_kernels(self) -> RunConfig:
+        if self.deterministic and self.model.kernels == "compiled":
+            raise ValueError("deterministic: true needs model.kernels: lean or plain; what a compiler makes may differ")
         return self
 
     @model_validator(mode="after")

@@ -343,6 +343,18 @@ def dry_run(
         return trace_steps(config, model, (batch,), shape, steps=steps, device=device, gathering=gathering)
 
 
+def _traceable(config: RunConfig, size: int, batches: int) -> RunConfig:
+    """Returns the config of steps of so many micro-batches, nothing compiled: what a compiler fuses is not followed."""
+    training = {"global_batch_size": size * batches, "micro_batch_size": size}
+    kernels = "lean" if config.model.kernels == "compiled" else config.model.kernels
+    return config.model_copy(
+        update={
+            "training": config.training.model_copy(update=training),
+            "model": config.model.model_copy(update={"kernels": kernels}),
+        }
+    )
+
+
 def trace_steps(
     config: RunConfig,
     model: TheWorldForConditionalGeneration,
@@ -365,8 +377,7 @@ def trace_steps(
         gathering: As in `dry_run`.
     """
     size = len(batches[0].sample_ids)
-    training = {"global_batch_size": size * len(batches), "micro_batch_size": size}
-    config = config.model_copy(update={"training": config.training.model_copy(update=training)})
+    config = _traceable(config, size, len(batches))
     dtype = getattr(torch, config.model.world.encoder_dtype)
     apply_trainable(model, trainable_components(config), config.precision, dtype)
     stage = build_stage(model, config)

@@ -185,6 +185,12 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
             None,
         ),
         (
+            "deterministic: true\nmodel: {kernels: compiled}",
+            None,
+            "deterministic: true needs model.kernels: lean or plain; what a compiler makes may differ",
+            None,
+        ),
+        (
             "model: {attention: sdpa}\ntraining: {batching: packed}",
             None,
             "training.batching: packed needs model.attention: auto, banded or flex; sdpa would let the samples of a "

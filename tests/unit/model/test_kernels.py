@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm, Gemma3TextConfig
 
-from theworld_train.model.kernels import _GatedGelu, make_lean
+from theworld_train.model.kernels import _as_written, _GatedGelu, find_compiler, make_lean
 
 
 def norm(size: int = 32) -> Gemma3RMSNorm:
@@ -74,7 +74,27 @@ def test_frozen_weights_get_no_gradient_and_inputs_still_do():
 
 def test_gradients_are_those_of_finite_differences():
     inputs = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: _GatedGelu.apply(x, x.flip(-1)), inputs)
+    assert torch.autograd.gradcheck(lambda x: _GatedGelu.apply(x, x.flip(-1), _as_written), inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_compiler() is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize("make", [norm, mlp])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_forms_compute_what_the_lean_ones_do(make, dtype: torch.dtype):
+    lean, compiled = make().to(dtype), nn.ModuleList([make().to(dtype)])
+    lean_list = nn.ModuleList([lean])
+    make_lean(lean_list)
+    make_lean(compiled, compiled=True)
+    for length in (5, 7, 64):  # compiled once for all of them
+        inputs = torch.randn(3, length, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+        output, gradients, kept = run(lean_list[0], inputs)
+        other, others, other_kept = run(compiled[0], inputs)
+        tolerance = 1e-6 if dtype is torch.float32 else 1e-2
+        for actual, expected in zip([other, *others], [output, *gradients], strict=True):
+            assert actual.dtype == expected.dtype
+            assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+        assert other_kept == kept
 
 
 def test_another_activation_is_refused():
