@@ -6,14 +6,14 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_Function = Callable[..., Any]
 
 
 # -- the arithmetic ---------------------------------------------------------------------------------------------------
@@ -59,7 +59,8 @@ def _as_written(function: _Function) -> _Function:
     return function
 
 
-Make = Callable[[Any], Any]
+#: Makes of a function one that computes the same.
+Make = Callable[[_Function], _Function]
 
 
 # -- for autograd -----------------------------------------------------------------------------------------------------
