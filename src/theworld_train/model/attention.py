@@ -92,14 +92,14 @@ class SequenceLayout:
         end = next_close.where(self.image_blocks >= 0, place + 1)
         if window is not None:
             first = first.maximum(place - window + 1)
-        firsts, ends = first.amin(0).tolist(), end.amax(0).tolist()
+        # The values of a few blocks are read, not those of all positions: which takes a GPU no time.
+        firsts = torch.stack([block.amin() for block in first.split(BANDED_BLOCK, 1)]).tolist()
+        ends = torch.stack([block.amax() for block in end.split(BANDED_BLOCK, 1)]).tolist()
         found = []
-        for start in range(0, length, BANDED_BLOCK):
-            stop = min(length, start + BANDED_BLOCK)
+        for start, first_key, end_key in zip(range(0, length, BANDED_BLOCK), firsts, ends, strict=True):
             # Kernels copy what is added to the scores where its rows are no multiple of so many keys.
-            first = min(firsts[start:stop]) // BANDED_ALIGNMENT * BANDED_ALIGNMENT
-            end = -(-max(ends[start:stop]) // BANDED_ALIGNMENT) * BANDED_ALIGNMENT
-            found.append(((start, stop), (first, min(length, end))))
+            keys = first_key // BANDED_ALIGNMENT * BANDED_ALIGNMENT, -(-end_key // BANDED_ALIGNMENT) * BANDED_ALIGNMENT
+            found.append(((start, min(length, start + BANDED_BLOCK)), (keys[0], min(length, keys[1]))))
         return found
 
     def bias(self, index: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:

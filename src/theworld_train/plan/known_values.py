@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from theworld_train.plan.remembering import RememberingFakeMode
 
 #: Elements of the largest tensor whose values are followed: ids and masks of a batch, no masks over pairs of positions.
-LARGEST_KNOWN = 2**20
+LARGEST_KNOWN = 2**18
 
 _ATEN = torch.ops.aten
 _VALUE = "_known_value"
@@ -53,6 +53,8 @@ class KnowingFakeMode(RememberingFakeMode):
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:  # noqa: ANN401
         """Computes the values of a result whose inputs are known."""
+        if isinstance(result, FakeTensor) and result.dtype.is_floating_point:
+            return
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, FakeTensor)]
         if not results or any(leaf.numel() > LARGEST_KNOWN or leaf.is_floating_point() for leaf in results):
             return

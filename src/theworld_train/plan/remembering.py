@@ -57,6 +57,10 @@ _RECIPES: dict[tuple[Any, ...], _Recipe | None] = {}
 class RememberingFakeMode(FakeTensorMode):
     """Fake tensors that are dense and on one device; the result of an operation is worked out once."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to keep the compiler out costs more than an operator
+
     def __torch_dispatch__(
         self,
         func: Any,  # noqa: ANN401 (an operator)

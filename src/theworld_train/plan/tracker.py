@@ -188,6 +188,10 @@ class MemoryTracker(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `RememberingFakeMode`
+
     # -- what it sees -------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(
