@@ -163,9 +163,9 @@ class StageModule(nn.Module):
         return dict.fromkeys(config.layer_types, SequenceLayout.of(batch.attention_mask, batch.token_type_ids))
 
     def _autocast(self, device: torch.device) -> torch.autocast:
-        # A cached cast would outlive the release of weights that an engine has gathered.
-        cached = not self.lockstep
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=cached)
+        # A cached cast would stay until the pass ends: all weights in bf16 at once, beside their masters, although none
+        # but the head's is used twice, and those that an engine has gathered although it has released them.
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocasts, cache_enabled=False)
 
     def _embed(self, batch: Batch, features: Features) -> Tensor:
         """Embeds the sequence; the visual parts run as `_runs` says, also where the batch has nothing for them."""
