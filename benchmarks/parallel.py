@@ -102,6 +102,7 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
     from theworld_train.train.freeze import apply_trainable
     from theworld_train.train.groups import build_optimizer
     from theworld_train.train.ledger import build_ledger, trainable_components
+    from theworld_train.train.quarantine import Quarantine
     from theworld_train.train.runtime import Runtime
     from theworld_train.train.trainer import Trainer
 
@@ -125,10 +126,7 @@ def measure_steps(strategy: str, steps: int) -> dict[str, Any]:
         max_steps=WARMUP_STEPS + steps,
         first_step=0,
         windows=lambda _start, _number: (_ for _ in ()),
-        held_out=None,
-        save=None,
-        metrics=None,
-        progress=None,
+        quarantine=Quarantine(),
     )
     stage.set_training_modes()
     batch = synthetic_batch(architecture, sample_shape(config, architecture), 1)

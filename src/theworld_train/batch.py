@@ -39,6 +39,7 @@ class EncodedSample:
         indivisible: `(sequence,)` bool, tokens of image and world blocks, which are never cut.
         pixel_values: `(images, 3, height, width)` float32 for the vision tower.
         world_frames: a `(frames, 3, height, width)` float32 tensor in [-1, 1] for each world block, in order.
+        trimmed: Tokens that were cut off at its end.
     """
 
     input_ids: Tensor
@@ -47,6 +48,7 @@ class EncodedSample:
     indivisible: Tensor
     pixel_values: Tensor | None
     world_frames: tuple[Tensor, ...] = ()
+    trimmed: int = 0
 
 
 class Encoder(Protocol):

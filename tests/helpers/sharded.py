@@ -23,6 +23,7 @@ from theworld_train.plan.tracker import MemoryTracker
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
 from theworld_train.train.ledger import build_ledger, trainable_components
+from theworld_train.train.quarantine import Quarantine
 from theworld_train.train.trainer import Trainer, Window
 
 
@@ -106,10 +107,7 @@ def _peak(config: RunConfig, architecture: TheWorldConfig, ranks: int, device: p
             max_steps=2,
             first_step=0,
             windows=None,
-            held_out=None,
-            save=None,
-            metrics=None,
-            progress=None,
+            quarantine=Quarantine(),
         )
         stage.set_training_modes()
         with tracker.following_resizes(), tracker, tracker.watching(model, {}, ()):

@@ -21,7 +21,7 @@ from theworld_train.assemble.inputs import Inputs, open_inputs
 from theworld_train.assemble.model import LoadedModel, load_model
 from theworld_train.config import load_run_config
 from theworld_train.config.schema import MovingDigitsSource, RunConfig
-from theworld_train.data import Batching, Collator, TrainingOrder, Window, training_batches
+from theworld_train.data import Batching, Window, training_batches
 from theworld_train.data.moving_digits import WORDS, MovingDigits
 from theworld_train.model import TheWorld
 from theworld_train.model.build import write_tiny
@@ -30,6 +30,7 @@ from theworld_train.train.engine import ReplicatedEngine
 from theworld_train.train.groups import build_optimizer
 from theworld_train.train.ledger import build_ledger, trainable_components
 from theworld_train.train.metrics import read_metrics
+from theworld_train.train.quarantine import Quarantine
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer
@@ -207,19 +208,13 @@ class Parts:
     runtime: Runtime
     trainer: Trainer
 
-    @property
-    def collator(self) -> Collator:
-        """Encodes and pads the samples."""
-        return Collator(self.inputs.processor, self.inputs.max_length)
-
     def windows(self, steps: int) -> Iterator[Window]:
         """Returns the first optimizer steps' samples."""
         training = self.config.training
-        order = TrainingOrder(len(self.inputs.train), self.config.seed, training.global_batch_size)
         return training_batches(
             self.inputs.train,
-            self.collator,
-            order,
+            self.inputs.collator,
+            self.inputs.order,
             Batching("padded", self.inputs.max_length),
             rank=0,
             world_size=1,
@@ -259,10 +254,7 @@ def assembled() -> Iterator[Callable[[RunConfig], Parts]]:
             max_steps=config.training.max_steps,
             first_step=0,
             windows=lambda *_: iter(()),
-            held_out=None,
-            save=None,
-            metrics=None,
-            progress=None,
+            quarantine=Quarantine(),
         )
         return Parts(config, inputs, model, stage, runtimes[-1], trainer)
 

@@ -21,7 +21,7 @@ def test_projection_stage_on_a_probe_batch(
     stage = parts.stage
     source = parts.config.data.train.model_copy(update={"split": "eval", "samples": 16})
     samples = open_source(source)
-    probe = parts.collator([samples[index] for index in range(len(samples))])
+    probe = parts.inputs.collator([samples[index] for index in range(len(samples))])
     features = stage.encode(probe)  # of encoders that are frozen
 
     @torch.no_grad()

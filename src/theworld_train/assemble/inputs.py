@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import AutoConfig
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import RunConfig
+from theworld_train.config.schema import RunConfig, frames_of
 from theworld_train.data import (
     Collator,
+    ExcludingSource,
+    MixtureOrder,
+    Order,
     Source,
     check_budget,
     open_source,
+    read_exclusions,
+    training_order,
 )
 from theworld_train.model import TheWorldProcessor
 from theworld_train.model.world_encoder import read_vae_config
 from theworld_train.train.metrics import missing_trackers
+
+#: Tokens of text that fit beside the largest image or clip where `data.max_sequence_length` is not set.
+DEFAULT_TEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -26,14 +35,23 @@ class EvaluationInputs:
     """What an evaluation reads, opened and checked.
 
     Attributes:
-        processor: Turns conversations into tokens and pixels.
-        max_length: Tokens that a sample may have.
+        collator: Turns samples into batches.
         held_out: Held-out samples, if there are any.
     """
 
-    processor: TheWorldProcessor
-    max_length: int
+    collator: Collator
     held_out: Source | None
+
+    @property
+    def processor(self) -> TheWorldProcessor:
+        """Turns conversations into tokens and pixels."""
+        assert isinstance(self.collator.encoder, TheWorldProcessor)
+        return self.collator.encoder
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sample may have."""
+        return self.collator.max_length
 
 
 @dataclass(frozen=True)
@@ -42,9 +60,11 @@ class Inputs(EvaluationInputs):
 
     Attributes:
         train: Training samples.
+        order: Which of them each optimizer step takes.
     """
 
     train: Source
+    order: Order
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -56,8 +76,12 @@ def open_inputs(config: RunConfig) -> Inputs:
     train = open_source(config.data.train)
     held_out = None if config.data.eval is None else open_source(config.data.eval)
     sources = [train] if held_out is None else [train, held_out]
-    processor, max_length = _check_inputs(config, sources, missing_trackers(config.tracking.trackers))
-    return Inputs(processor, max_length, held_out, train)
+    collator = _check_inputs(config, sources, missing_trackers(config.tracking.trackers))
+    order = training_order(config.data.train, train, config.seed, config.training.global_batch_size)
+    _check_capacity(config, order, len(train))
+    if excluded := read_exclusions(Path(path) for path in config.data.exclude):
+        train = ExcludingSource(train, excluded)
+    return Inputs(collator, held_out, train, order)
 
 
 def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
@@ -68,14 +92,19 @@ def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
     """
     assert config.data.eval is not None
     held_out = open_source(config.data.eval)
-    processor, max_length = _check_inputs(config, [held_out])
-    return EvaluationInputs(processor, max_length, held_out)
+    return EvaluationInputs(_check_inputs(config, [held_out]), held_out)
 
 
-def _check_inputs(
-    config: RunConfig, sources: Sequence[Source], problems: Sequence[Problem] = ()
-) -> tuple[TheWorldProcessor, int]:
-    """Checks sources and sequence budget, and returns the processor and the tokens that a sample may have.
+def _check_capacity(config: RunConfig, order: Order, samples: int) -> None:
+    """Makes sure that a mixture has samples for all steps."""
+    needed = max_steps(config, samples) * config.training.global_batch_size
+    if isinstance(order, MixtureOrder) and order.capacity < needed:
+        message = f"the run draws {needed:,} samples, and with max_epochs the parts give {int(order.capacity):,}"
+        raise ConfigError(Problem(message, key="data.train.parts", hint="raise a part's max_epochs, or train less"))
+
+
+def _check_inputs(config: RunConfig, sources: Sequence[Source], problems: Sequence[Problem] = ()) -> Collator:
+    """Checks sources and sequence budget, and returns what turns samples into batches.
 
     Raises:
         ConfigError: With everything that is wrong; `problems` are what was found before.
@@ -86,7 +115,7 @@ def _check_inputs(
     processor = open_processor(config)
     if config.model.world.enabled:
         read_vae_config(config.model.world.encoder, config.model.world.encoder_revision)
-    max_length = config.data.max_sequence_length or _context_length(config)
+    max_length = config.data.max_sequence_length or _default_length(config, processor)
     smallest = processor.num_visual_tokens()
     if max_length <= smallest:
         raise ConfigError(
@@ -98,10 +127,11 @@ def _check_inputs(
                 hint="raise it, or lower model.world.resolution",
             )
         )
+    collator = Collator(processor, max_length, too_long=config.data.too_long)
     for source in sources:
-        if unfit := check_budget(source, Collator(processor, max_length)):
+        if unfit := check_budget(source, collator):
             raise ConfigError(unfit)
-    return processor, max_length
+    return collator
 
 
 def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldProcessor:
@@ -123,9 +153,12 @@ def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldP
     return processor
 
 
-def _context_length(config: RunConfig) -> int:
+def _default_length(config: RunConfig, processor: TheWorldProcessor) -> int:
+    """Returns the tokens of the largest image or clip and of some text, within the base's context length."""
     base = AutoConfig.from_pretrained(config.model.base, revision=config.model.revision or "main")
-    return int(base.get_text_config().max_position_embeddings)
+    frames = max(frames_of(config.data.train), frames_of(config.data.eval))
+    context = int(base.get_text_config().max_position_embeddings)
+    return min(context, processor.num_visual_tokens(frames) + DEFAULT_TEXT)
 
 
 def max_steps(config: RunConfig, samples: int) -> int:

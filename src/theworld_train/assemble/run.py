@@ -22,9 +22,7 @@ from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
     Batching,
-    Collator,
     EvaluationBatch,
-    TrainingOrder,
     Window,
     accumulation_steps,
     evaluation_batches,
@@ -53,6 +51,7 @@ from theworld_train.train.metrics import (
     resources_line,
     resources_row,
 )
+from theworld_train.train.quarantine import QUARANTINE_FILE, Quarantine
 from theworld_train.train.resume_rules import check_changes
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
@@ -191,12 +190,10 @@ def _train(
     config: RunConfig, inputs: Inputs, checkpoint: Path | None, resume: bool, runtime: Runtime, console: Console
 ) -> TrainingResult:
     steps = max_steps(config, len(inputs.train))
-    order = TrainingOrder(len(inputs.train), config.seed, config.training.global_batch_size)
     accumulation = accumulation_steps(
         config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
     )
-    collator = Collator(inputs.processor, inputs.max_length)
-    batching = _batching(config, inputs, collator, runtime)
+    batching = _batching(config, inputs, runtime)
     with runtime.agreement():
         loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
         ledger = build_ledger(loaded.model, config)
@@ -227,9 +224,10 @@ def _train(
         engine=engine,
         max_steps=steps,
         first_step=inheritance.step,
-        windows=lambda start, number: _windows(config, inputs, collator, order, batching, runtime, start, number),
-        held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, collator, runtime),
+        windows=lambda start, number: _windows(config, inputs, batching, runtime, start, number),
+        held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, runtime),
         save=saver,
+        quarantine=Quarantine(directory / QUARANTINE_FILE, config.data.max_bad_samples, writes=runtime.is_main),
         metrics=metrics,
         progress=progress,
     )
@@ -255,14 +253,14 @@ def _restore(
         restore_random_state(inheritance.rng[runtime.rank])
 
 
-def _batching(config: RunConfig, inputs: Inputs, collator: Collator, runtime: Runtime) -> Batching:
+def _batching(config: RunConfig, inputs: Inputs, runtime: Runtime) -> Batching:
     """Returns how samples are laid into micro-batches; for their lengths, each rank measures a share of them."""
     kind = config.training.batching
     if kind == "padded":
         return Batching(kind, inputs.max_length)
     with runtime.agreement():
         own = range(runtime.rank, len(inputs.train), runtime.world_size)
-        measured = measure_lengths(inputs.train, collator, own, config.data.num_workers, runtime.beat)
+        measured = measure_lengths(inputs.train, inputs.collator, own, config.data.num_workers, runtime.beat)
     lengths = np.zeros(len(inputs.train), dtype=np.int32)
     for rank, share in enumerate(runtime.gather(measured)):
         lengths[rank :: runtime.world_size] = share
@@ -272,8 +270,6 @@ def _batching(config: RunConfig, inputs: Inputs, collator: Collator, runtime: Ru
 def _windows(
     config: RunConfig,
     inputs: Inputs,
-    collator: Collator,
-    order: TrainingOrder,
     batching: Batching,
     runtime: Runtime,
     start: int,
@@ -281,8 +277,8 @@ def _windows(
 ) -> Generator[Window, None, None]:
     return training_batches(
         inputs.train,
-        collator,
-        order,
+        inputs.collator,
+        inputs.order,
         batching,
         rank=runtime.rank,
         world_size=runtime.world_size,
@@ -295,14 +291,14 @@ def _windows(
 
 
 def held_out_batches(
-    config: RunConfig, inputs: EvaluationInputs, collator: Collator, runtime: Runtime
+    config: RunConfig, inputs: EvaluationInputs, runtime: Runtime
 ) -> Generator[EvaluationBatch, None, None]:
     """Returns this rank's share of the held-out samples."""
     assert inputs.held_out is not None
     most = config.evaluation.max_samples
     return evaluation_batches(
         inputs.held_out,
-        collator,
+        inputs.collator,
         num_samples=len(inputs.held_out) if most is None else min(most, len(inputs.held_out)),
         rank=runtime.rank,
         world_size=runtime.world_size,

@@ -178,25 +178,87 @@ class MovingDigitsSource(Section):
         return self
 
 
-Source = Annotated[JsonlSource | HubSource | MovingDigitsSource, Field(discriminator="source")]
+AnySource = JsonlSource | HubSource | MovingDigitsSource
+Source = Annotated[AnySource, Field(discriminator="source")]
 
 
-def frames_of(source: JsonlSource | HubSource | MovingDigitsSource | None) -> int:
+class MixturePart(Section):
+    """One source of a mixture."""
+
+    data: Source
+    """Its samples."""
+    weight: PositiveFloat | None = None
+    """Its share of what is drawn, relative to the other parts'; stated for all parts or for none."""
+    max_epochs: PositiveFloat | None = None
+    """Passes over its samples after which it gives no more; its weight then goes to the others."""
+
+
+class MixtureSource(Section):
+    """Several sources, drawn from in fixed shares."""
+
+    source: Literal["mixture"]
+    """Selects this kind of source."""
+    parts: dict[Name, MixturePart] = Field(min_length=1)
+    """The sources by names of your choice."""
+    temperature: PositiveFloat = 1.0
+    """Without weights, a part's share goes with its size to the power 1 / temperature: 1 draws all samples alike, and
+    the higher it is, the more alike are the parts."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> MixtureSource:
+        given = [name for name, part in self.parts.items() if part.weight is not None]
+        if given and len(given) < len(self.parts):
+            missing = ", ".join(name for name in self.parts if name not in given)
+            raise ValueError(f"weight is stated for all parts or for none; missing: {missing}")
+        if given and self.temperature != 1.0:
+            raise ValueError("temperature makes weights of sizes, and the parts state theirs: remove one of them")
+        return self
+
+
+TrainingData = Annotated[AnySource | MixtureSource, Field(discriminator="source")]
+
+
+def leaf_sources(data: AnySource | MixtureSource | None, key: str) -> dict[str, AnySource]:
+    """Returns the sources of which data consist, by their dotted keys.
+
+    Args:
+        data: What `data.train` or `data.eval` holds.
+        key: That key.
+    """
+    if isinstance(data, MixtureSource):
+        return {f"{key}.parts.{name}.data": part.data for name, part in data.parts.items()}
+    return {} if data is None else {key: data}
+
+
+def frames_of(source: AnySource | MixtureSource | None) -> int:
     """Returns the most frames that a clip of a source has; 1 if it holds images alone."""
+    if isinstance(source, MixtureSource):
+        return max(frames_of(part.data) for part in source.parts.values())
     if isinstance(source, JsonlSource):
         return source.max_video_frames
     return source.frames if isinstance(source, MovingDigitsSource) else 1
 
 
+TooLong = Literal["trim-text", "drop", "error"]
+
+
 class DataSection(Section):
     """What the model learns from and is measured on."""
 
-    train: Source
+    train: TrainingData
     """Training samples."""
     eval: Source | None = None
     """Held-out samples."""
     max_sequence_length: PositiveInt | None = None
-    """Tokens that a sample may have, image and world tokens included; the base's context length if absent."""
+    """Tokens that a sample may have, image and world tokens included; if absent, the largest image or clip and 2,048
+    more."""
+    too_long: TooLong = "trim-text"
+    """What happens to a longer sample: its end is cut, never inside an image or world block; another one takes its
+    place; or the run ends."""
+    max_bad_samples: NonNegativeInt | None = 1000
+    """Different samples that may be unusable (unreadable, or too long) before the run ends; no limit if null."""
+    exclude: tuple[Path, ...] = ()
+    """Files whose lines name samples to leave out, `{"id": ...}` each, such as a run's `quarantine.jsonl`."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that decode and tokenise."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from theworld_train.config.schema import HubSource, JsonlSource, MovingDigitsSource
+from theworld_train.config.schema import AnySource, HubSource, JsonlSource, MixtureSource
 from theworld_train.data.batching import Batching
 from theworld_train.data.collator import Collator
+from theworld_train.data.exclusion import ExcludingSource, read_exclusions
 from theworld_train.data.lengths import measure_lengths
 from theworld_train.data.loader import (
     Dropped,
@@ -14,7 +15,8 @@ from theworld_train.data.loader import (
     evaluation_batches,
     training_batches,
 )
-from theworld_train.data.order import TrainingOrder, accumulation_steps
+from theworld_train.data.mixture import MixedSource, MixtureOrder, parts_of
+from theworld_train.data.order import Order, TrainingOrder, accumulation_steps
 from theworld_train.data.source import MediaError, Sample, Source, UnreadableSampleError
 
 __all__ = [
@@ -22,7 +24,10 @@ __all__ = [
     "Collator",
     "Dropped",
     "EvaluationBatch",
+    "ExcludingSource",
     "MediaError",
+    "MixtureOrder",
+    "Order",
     "Sample",
     "Source",
     "TrainingOrder",
@@ -33,17 +38,21 @@ __all__ = [
     "evaluation_batches",
     "measure_lengths",
     "open_source",
+    "read_exclusions",
     "training_batches",
+    "training_order",
 ]
 
 
-def open_source(config: JsonlSource | HubSource | MovingDigitsSource) -> Source:
+def open_source(config: AnySource | MixtureSource) -> Source:
     """Opens the source that a section of the run config describes.
 
     Raises:
         ConfigError: If it is missing or empty.
     """
     # Each kind is imported when it is asked for: two of them need large packages that the others do without.
+    if isinstance(config, MixtureSource):
+        return MixedSource({name: open_source(part.data) for name, part in config.parts.items()})
     if isinstance(config, JsonlSource):
         from theworld_train.data.jsonl import JsonlConversations
 
@@ -55,3 +64,21 @@ def open_source(config: JsonlSource | HubSource | MovingDigitsSource) -> Source:
     from theworld_train.data.moving_digits import MovingDigits
 
     return MovingDigits(config)
+
+
+def training_order(config: AnySource | MixtureSource, source: Source, seed: int, global_batch_size: int) -> Order:
+    """Returns the order in which training takes the samples of a source.
+
+    Args:
+        config: What the source was opened from.
+        source: The source.
+        seed: Seed of the order.
+        global_batch_size: Samples in one optimizer step, over all ranks.
+
+    Raises:
+        ConfigError: If there are no samples.
+    """
+    if isinstance(config, MixtureSource):
+        assert isinstance(source, MixedSource)
+        return MixtureOrder(parts_of(config, source.sizes), seed, global_batch_size)
+    return TrainingOrder(len(source), seed, global_batch_size)

@@ -30,5 +30,6 @@ def fit_to_budget(sample: EncodedSample, max_length: int) -> EncodedSample | Non
             token_type_ids=sample.token_type_ids[:max_length],
             supervised=sample.supervised[:max_length],
             indivisible=sample.indivisible[:max_length],
+            trimmed=sample.input_ids.shape[0] - max_length,
         )
     return sample if sample.supervised[1:].any() else None

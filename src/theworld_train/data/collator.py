@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from theworld_train.batch import IGNORE_INDEX, Batch, EncodedSample, Encoder
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.schema import TooLong
 from theworld_train.data.budget import fit_to_budget
 from theworld_train.data.source import Sample, UnreadableSampleError
 
@@ -22,14 +24,23 @@ class Collator:
     Labels are made here and nowhere else, from the positions that the encoder marks as supervised.
     """
 
-    def __init__(self, encoder: Encoder, max_length: int, padding_side: Literal["left", "right"] = "right") -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        max_length: int,
+        padding_side: Literal["left", "right"] = "right",
+        *,
+        too_long: TooLong = "trim-text",
+    ) -> None:
         """Creates a collator.
 
         Args:
             encoder: Turns conversations into tokens and pixels.
             max_length: Tokens that a sample may have, image and world tokens included.
             padding_side: Side on which shorter samples are padded.
+            too_long: What becomes of a longer one; see `data.too_long`.
         """
+        self.too_long = too_long
         self.encoder = encoder
         self.max_length = max_length
         self.padding_side = padding_side
@@ -39,15 +50,31 @@ class Collator:
 
         Raises:
             UnreadableSampleError: If the encoder refuses it, such as text with a reserved token.
+            ConfigError: If it is longer than allowed and `too_long` is `error`.
         """
-        try:
-            encoded = self.encoder.encode(sample.messages, world=sample.world)
-        except ValueError as error:
-            raise UnreadableSampleError(sample.id, str(error)) from error
+        encoded = self.encode_whole(sample)
+        length = encoded.input_ids.shape[0]
+        if self.too_long == "error" and length > self.max_length:
+            message = f"has {length:,} tokens, and data.max_sequence_length allows {self.max_length:,}"
+            hint = "raise it, or set data.too_long to trim-text or drop"
+            raise ConfigError(Problem(message, source=sample.id, key="data.too_long", value="error", hint=hint))
         return self.fit(encoded)
 
+    def encode_whole(self, sample: Sample) -> EncodedSample:
+        """Encodes one sample, however long it is.
+
+        Raises:
+            UnreadableSampleError: If the encoder refuses it.
+        """
+        try:
+            return self.encoder.encode(sample.messages, world=sample.world)
+        except ValueError as error:
+            raise UnreadableSampleError(sample.id, str(error)) from error
+
     def fit(self, encoded: EncodedSample) -> EncodedSample | None:
-        """Cuts an encoded sample to the longest allowed sequence; returns None if that cannot be done."""
+        """Cuts an encoded sample to the longest allowed sequence; returns None if that cannot or shall not be done."""
+        if self.too_long != "trim-text" and encoded.input_ids.shape[0] > self.max_length:
+            return None
         return fit_to_budget(encoded, self.max_length)
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:

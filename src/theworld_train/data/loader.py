@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -12,8 +12,8 @@ from theworld_train.batch import Batch
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.batching import Batching, MicroBatch, Place
 from theworld_train.data.collator import Collator, Encoded
-from theworld_train.data.order import EvaluationSlot, TrainingOrder, evaluation_micro_batches
-from theworld_train.data.source import Source, UnreadableSampleError
+from theworld_train.data.order import EvaluationSlot, Order, evaluation_micro_batches
+from theworld_train.data.source import ExcludedSampleError, Source, UnreadableSampleError
 from theworld_train.data.workers import end_workers, start_worker
 
 #: Samples in a row that may turn out unusable before the run stops.
@@ -41,11 +41,15 @@ class Window:
         step: The optimizer step, counted from 0.
         micro_batches: The batches whose gradients are accumulated.
         dropped: Samples of this rank that were due in this step and were replaced.
+        trimmed: Samples of this rank whose end was cut off.
+        shares: Of a mixture, the share of each part in what has been drawn when the step is done.
     """
 
     step: int
     micro_batches: tuple[Batch, ...]
     dropped: tuple[Dropped, ...]
+    trimmed: int = 0
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class EvaluationBatch:
 def training_batches(
     source: Source,
     collator: Collator,
-    order: TrainingOrder,
+    order: Order,
     batching: Batching,
     *,
     rank: int,
@@ -171,7 +175,7 @@ def check_budget(source: Source, collator: Collator, samples: int = 8) -> list[P
 class _TrainingRequests:
     """The places of every micro-batch of a run, made one by one: a long run has millions."""
 
-    order: TrainingOrder
+    order: Order
     batching: Batching
     rank: int
     world_size: int
@@ -197,10 +201,11 @@ class _Loaded:
 
     batch: Batch | None
     dropped: tuple[tuple[Dropped, ...], ...] = ()
+    trimmed: int = 0
     error: ConfigError | None = None
 
     def pin_memory(self) -> _Loaded:
-        return self if self.batch is None else _Loaded(self.batch.pin_memory(), self.dropped)
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 class _MicroBatches(Dataset[_Loaded]):
@@ -225,7 +230,8 @@ class _MicroBatches(Dataset[_Loaded]):
                 pair, before = self._usable(place)
                 loaded[-1].append(pair)
                 dropped.append(before)
-        return _Loaded(self._collator.collate(loaded), tuple(dropped))
+        trimmed = sum(encoded.trimmed > 0 for row in loaded for _, encoded in row)
+        return _Loaded(self._collator.collate(loaded), tuple(dropped), trimmed)
 
     def _usable(self, place: Place) -> tuple[Encoded, tuple[Dropped, ...]]:
         """Returns the first usable sample from a place's index on that fits its room, and the unusable before it."""
@@ -235,6 +241,8 @@ class _MicroBatches(Dataset[_Loaded]):
             try:
                 sample = self._source[candidate % len(self._source)]
                 encoded = self._collator.encode(sample)
+            except ExcludedSampleError:
+                continue
             except UnreadableSampleError as error:
                 dropped.append(Dropped(error.sample_id, error.reason))
                 continue
@@ -243,8 +251,8 @@ class _MicroBatches(Dataset[_Loaded]):
                 dropped.append(Dropped(sample.id, reason))
             elif len(encoded.input_ids) <= place.room:
                 return (sample, encoded), tuple(dropped)
-        last = dropped[-1]
-        message = f"none of {tries} samples in a row is usable here; the last one, {last.sample_id}: {last.reason}"
+        why = f"the last one, {dropped[-1].sample_id}: {dropped[-1].reason}" if dropped else "all are excluded"
+        message = f"none of {tries} samples in a row is usable here; {why}"
         raise ConfigError(Problem(message, key="data", hint="check data.max_sequence_length and the media files"))
 
 
@@ -279,7 +287,7 @@ def _windows(loaded: Generator[_Loaded, None, None], requests: _TrainingRequests
             parts = [next(loaded) for _ in requests.of(step)]
             batches = tuple(part.batch for part in parts if part.batch is not None)
             dropped = tuple(sample for part in parts for place in part.dropped for sample in place)
-            yield Window(step, batches, dropped)
+            yield Window(step, batches, dropped, sum(part.trimmed for part in parts), requests.order.shares(step))
     finally:
         loaded.close()
 

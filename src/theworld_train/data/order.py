@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +17,21 @@ from numpy.typing import NDArray
 from theworld_train.config.errors import ConfigError, Problem
 
 
+class Order(Protocol):
+    """Which samples each optimizer step learns from."""
+
+    def indices(self, step: int) -> list[int]:
+        """Returns the indices of the samples of optimizer step `step`, counted from 0."""
+        ...
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Returns the share of each part of a mixture in what has been drawn when a step is done."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainingOrder:
-    """The stream of training samples.
+    """The stream of training samples of one source.
 
     Attributes:
         num_samples: Samples in the source.
@@ -45,6 +58,10 @@ class TrainingOrder:
         """Returns the indices of the samples that optimizer step `step`, counted from 0, learns from."""
         first = step * self.global_batch_size
         return [self.index(position) for position in range(first, first + self.global_batch_size)]
+
+    def shares(self, step: int) -> dict[str, float]:
+        """Returns nothing: there is one source."""
+        return {}
 
 
 @dataclass(frozen=True)

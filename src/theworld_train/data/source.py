@@ -82,6 +82,14 @@ class UnreadableSampleError(ValueError):
         return f"{self.sample_id}: {self.reason}"
 
 
+class ExcludedSampleError(UnreadableSampleError):
+    """Raised for a sample that the config leaves out; another one takes its place without a word."""
+
+    def __init__(self, sample_id: str) -> None:
+        """Args: sample_id: id of the sample."""
+        super().__init__(sample_id, "excluded")
+
+
 def first_problems(problems: Iterable[Problem], source: str) -> list[Problem]:
     """Returns the first `MAX_PROBLEMS` problems, and one more that counts the rest if there are any."""
     iterator = iter(problems)

@@ -79,7 +79,9 @@ def _measure(
                 with _ablated(stage, item, features, ablation, fresh) as (changed, encoded):
                     score(stage, stage, changed, encoded, chunks, tallies[ablation])
     if "world_disabled" in ablations:
-        plain = replace(inputs, processor=open_processor(config, enable_world=False))
+        collator = inputs.collator
+        encoder = open_processor(config, enable_world=False)
+        plain = replace(inputs, collator=Collator(encoder, collator.max_length, too_long=collator.too_long))
         for item, features, chunks in _encoded(config, plain, stage, runtime):
             score(stage, stage, item, features, chunks, tallies["world_disabled"])
     return {ablation: tally.result(runtime) for ablation, tally in tallies.items()}
@@ -88,8 +90,7 @@ def _measure(
 def _encoded(
     config: RunConfig, inputs: EvaluationInputs, stage: StageModule, runtime: Runtime
 ) -> Generator[tuple[EvaluationBatch, Features, int], None, None]:
-    collator = Collator(inputs.processor, inputs.max_length)
-    for item, chunks in in_step(held_out_batches(config, inputs, collator, runtime), stage.chunk_size, runtime):
+    for item, chunks in in_step(held_out_batches(config, inputs, runtime), stage.chunk_size, runtime):
         moved = replace(item, batch=item.batch.to(runtime.device))
         yield moved, stage.encode(moved.batch), chunks
 

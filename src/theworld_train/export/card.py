@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from theworld_train.checkpoint_files import COMPONENTS_FILE, checkpoint_step, read_record
 from theworld_train.config import load_run_config
+from theworld_train.config.schema import MixtureSource
 from theworld_train.train.metrics import read_metrics
 
 
@@ -49,6 +50,8 @@ def _source(source: Any) -> str | None:  # noqa: ANN401
     """Names a source of data without the place where it lies on this machine."""
     if source is None:
         return None
+    if isinstance(source, MixtureSource):
+        return " + ".join(f"{name}: {_source(part.data)}" for name, part in source.parts.items())
     values = source.model_dump()
     place = values.get("id") or values.get("path")
     return str(source.source) + (f" ({Path(place).name if Path(place).is_absolute() else place})" if place else "")

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 
 from theworld_train.config.credentials import looks_secret
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import HubSource, RunConfig
+from theworld_train.config.schema import HubSource, RunConfig, leaf_sources
 from theworld_train.hub.lock import Kind, Lock, pinned_revision
 
 #: What a Gemma 3 checkpoint is loaded from. Formats that run code when they are opened are never downloaded.
@@ -97,10 +97,11 @@ def _model_uses(config: RunConfig) -> Iterator[Repository]:
 
 
 def _dataset_uses(config: RunConfig) -> Iterator[Repository]:
-    for part, data in (("train", config.data.train), ("eval", config.data.eval)):
+    leaves = leaf_sources(config.data.train, "data.train") | leaf_sources(config.data.eval, "data.eval")
+    for key, data in leaves.items():
         if isinstance(data, HubSource):
-            prefix, configs = f"data.{part}", (data.config_name,)
-            yield Repository("dataset", data.id, data.revision, f"{prefix}.id", f"{prefix}.revision", configs=configs)
+            configs = (data.config_name,)
+            yield Repository("dataset", data.id, data.revision, f"{key}.id", f"{key}.revision", configs=configs)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

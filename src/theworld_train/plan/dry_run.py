@@ -18,8 +18,8 @@ from theworld_train.assemble.model import build_stage, describe_model
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of
-from theworld_train.data import Collator, Window
+from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of, leaf_sources
+from theworld_train.data import Window
 from theworld_train.model.build import build_on_meta
 from theworld_train.model.components import COMPONENT_PATHS, component_parameters
 from theworld_train.model.configuration import TheWorldConfig
@@ -32,6 +32,7 @@ from theworld_train.train.engine import ReplicatedEngine, wrap_units
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import adamw_implementation, build_optimizer
 from theworld_train.train.ledger import add_adapters, build_ledger, trainable_components
+from theworld_train.train.quarantine import Quarantine
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import StageModule
 from theworld_train.train.trainer import Trainer
@@ -176,7 +177,7 @@ def sample_shape(
 
 def _longest_sample(config: RunConfig) -> SampleShape:
     """Returns a shape that holds each of the first samples of a config's data."""
-    if isinstance(config.data.train, HubSource):
+    if any(isinstance(data, HubSource) for data in leaf_sources(config.data.train, "data.train").values()):
         raise ConfigError(
             Problem(
                 "says how long samples may get, and is not set",
@@ -185,9 +186,8 @@ def _longest_sample(config: RunConfig) -> SampleShape:
             )
         )
     inputs = open_inputs(config)
-    collator = Collator(inputs.processor, inputs.max_length)
     samples = (inputs.train[index] for index in range(min(_MEASURED_SAMPLES, len(inputs.train))))
-    encoded = [sample for sample in map(collator.encode, samples) if sample is not None]
+    encoded = [sample for sample in map(inputs.collator.encode, samples) if sample is not None]
     return SampleShape(
         positions=max(len(sample.input_ids) for sample in encoded),
         supervised=max(int(sample.supervised.sum()) for sample in encoded),
@@ -404,10 +404,7 @@ def trace_steps(
         max_steps=steps,
         first_step=0,
         windows=lambda _start, _number: (_ for _ in ()),
-        held_out=None,
-        save=None,
-        metrics=None,
-        progress=None,
+        quarantine=Quarantine(),
     )
     stage.set_training_modes()
     components = {path: component.value for component, path in COMPONENT_PATHS.items()}

@@ -39,6 +39,8 @@ RULES: dict[str, Rule] = {
     "data.train.id": "allowed",
     "data.train.revision": "allowed",
     "data.max_sequence_length": "allowed",
+    "data.too_long": "allowed",
+    "data.exclude": "allowed",
     "optimizer": "allowed",
     "optimizer.name": "forbidden",
     "schedule": "allowed",

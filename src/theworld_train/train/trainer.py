@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from theworld_train.train.guard import NumbersGuard
 from theworld_train.train.ledger import check_wrapped
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.metrics import WARM_UP_STEPS, MetricsFile, ProgressDisplay, Resources
+from theworld_train.train.quarantine import Quarantine
 from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.schedule import rate_factor
 from theworld_train.train.stage import StageModule
@@ -48,6 +49,8 @@ class StepResult:
         inputs: What the window held: text always, images, world blocks.
         clips_seen: Whether one of the world blocks had several frames.
         dropped: Samples of all ranks that others have replaced.
+        trimmed: Samples whose end was cut off.
+        shares: Of a mixture, the share of each part in what has been drawn so far.
     """
 
     loss: float
@@ -59,6 +62,8 @@ class StepResult:
     inputs: frozenset[Input]
     clips_seen: bool
     dropped: tuple[Dropped, ...]
+    trimmed: int
+    shares: Mapping[str, float]
 
     @property
     def skipped(self) -> bool:
@@ -74,6 +79,7 @@ class _Totals:
     tokens: int
     positions: int
     dropped: int
+    trimmed: int
     inputs: frozenset[Input]
     longest: int
     chunks: tuple[int, ...]
@@ -108,10 +114,11 @@ class Trainer:
         max_steps: int,
         first_step: int,
         windows: Callable[[int, int], Generator[Window, None, None]],
-        held_out: Callable[[], Generator[EvaluationBatch, None, None]] | None,
-        save: Saver | None,
-        metrics: MetricsFile | None,
-        progress: ProgressDisplay | None,
+        quarantine: Quarantine,
+        held_out: Callable[[], Generator[EvaluationBatch, None, None]] | None = None,
+        save: Saver | None = None,
+        metrics: MetricsFile | None = None,
+        progress: ProgressDisplay | None = None,
     ) -> None:
         """Keeps the objects of a run.
 
@@ -124,6 +131,7 @@ class Trainer:
             max_steps: Optimizer steps of the whole run.
             first_step: Steps done already.
             windows: Given a first step and a number, this rank's share of the optimizer steps.
+            quarantine: Takes in the samples that could not be used.
             held_out: This rank's share of the held-out batches, if there are any.
             save: Writes checkpoints, if any are to be kept.
             metrics: The metrics file, on the main rank.
@@ -139,6 +147,7 @@ class Trainer:
         self._windows = windows
         self._held_out = held_out
         self._save = save
+        self._quarantine = quarantine
         self._metrics = metrics
         self._progress = progress
         self._stop = StopRequest()
@@ -174,20 +183,20 @@ class Trainer:
                     failed = error if self._save is None else error or self._save.failure()
                     result = self.step(failed or window or AssertionError("the data have ended before the run"))
                 except StoppedError as stopped:
-                    if stopped.step > saved:
-                        self._checkpoint(stopped.step)
-                    self._finish_saving(stopped.step)
+                    self._save_what_is_done(stopped.step, saved)
                     raise
                 if check is not None and not result.skipped:
                     self._agree(check, result, done)
                     check = check if check.pending else None
                 seconds = time.perf_counter() - started
                 times.append(seconds - waited)
+                self._quarantine.take(result.dropped, done)
                 self._report(done, result, seconds, waited, self._suspects(window, result))
                 # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
-                if self._is_due(done, self._config.checkpoint.every_steps):
+                if self._quarantine.is_full or self._is_due(done, self._config.checkpoint.every_steps):
                     self._checkpoint(done)
                     saved = done
+                self._quarantine.check()
                 if self._is_due(done, self._config.evaluation.every_steps):
                     evaluation = self._evaluate(done)
                 started = time.perf_counter()
@@ -242,6 +251,8 @@ class Trainer:
             inputs=totals.inputs,
             clips_seen=totals.longest > 1,
             dropped=self._gather_dropped(window) if totals.dropped else (),
+            trimmed=totals.trimmed,
+            shares=window.shares,
         )
 
     def _totals(self, window: Window | Exception) -> _Totals:
@@ -267,12 +278,15 @@ class Trainer:
                 sum(batch.num_tokens for batch in batches),
                 sum(batch.input_ids.numel() for batch in batches),
                 len(window.dropped) if isinstance(window, Window) else 0,
+                window.trimmed if isinstance(window, Window) else 0,
                 any(batch.pixel_values is not None for batch in batches),
                 max((max(batch.world_frame_counts, default=0) for batch in batches), default=0),
                 *(num_chunks(number, self._stage.chunk_size) for number in own),
             ]
         )
-        failed, stopped, supervised, tokens, positions, dropped, images, longest, *chunks = zip(*ranks, strict=True)
+        failed, stopped, supervised, tokens, positions, dropped, trimmed, images, longest, *chunks = zip(
+            *ranks, strict=True
+        )
         if any(failed):
             self._runtime.raise_failures(window if isinstance(window, Exception) else None)
         assert isinstance(window, Window)
@@ -284,6 +298,7 @@ class Trainer:
             tokens=int(sum(tokens)),
             positions=int(sum(positions)),
             dropped=int(sum(dropped)),
+            trimmed=int(sum(trimmed)),
             inputs=frozenset(name for name, there in seen.items() if there),
             longest=int(max(longest)),
             chunks=tuple(int(max(numbers)) for numbers in chunks),
@@ -325,10 +340,12 @@ class Trainer:
             "train/supervised_tokens": result.supervised_tokens,
             "train/tokens": result.tokens,
             "train/padding_share": result.padding,
+            "train/trimmed": result.trimmed,
             "train/skipped": float(result.skipped),
             "time/step_s": seconds,
             "time/data_wait_s": waited,
         } | {f"lr/{name}": rate for name, rate in result.rates.items()}
+        values |= {f"data/share/{name}": share for name, share in result.shares.items()}
         if self._metrics is not None:
             dropped = [vars(item) for item in result.dropped]
             row = {**values, "loss_hex": result.loss.hex(), "dropped": dropped}
@@ -384,6 +401,11 @@ class Trainer:
         with self._runtime.agreement():
             if self._runtime.is_main:
                 self._save.write(done, snapshot, states)
+
+    def _save_what_is_done(self, done: int, saved: int) -> None:
+        if done > saved:
+            self._checkpoint(done)
+        self._finish_saving(done)
 
     def _finish_saving(self, done: int) -> None:
         """Waits until the checkpoint before is written: one copy of what is saved is enough."""

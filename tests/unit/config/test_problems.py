@@ -100,13 +100,13 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
         (
             "data: {train: train.jsonl}",
             "data.train",
-            "expected a mapping whose 'source' is one of jsonl, hub, moving_digits",
+            "expected a mapping whose 'source' is one of jsonl, hub, moving_digits, mixture",
             None,
         ),
         (
             "data: {train: {source: jsnl}}",
             "data.train.source",
-            "expected one of jsonl, hub, moving_digits",
+            "expected one of jsonl, hub, moving_digits, mixture",
             "did you mean 'jsonl'?",
         ),
         (
