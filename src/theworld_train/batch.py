@@ -39,6 +39,7 @@ class EncodedSample:
         indivisible: `(sequence,)` bool, tokens of image and world blocks, which are never cut.
         pixel_values: `(images, 3, height, width)` float32 for the vision tower.
         world_frames: a `(frames, 3, height, width)` float32 tensor in [-1, 1] for each world block, in order.
+        world_tokens: Tokens of world blocks, their brackets not counted.
         trimmed: Tokens that were cut off at its end.
     """
 
@@ -48,6 +49,7 @@ class EncodedSample:
     indivisible: Tensor
     pixel_values: Tensor | None
     world_frames: tuple[Tensor, ...] = ()
+    world_tokens: int = 0
     trimmed: int = 0
 
 

@@ -5,6 +5,7 @@ Everything is read from the JSON Schema that pydantic derives of a model, so tha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from typing import cast
@@ -178,8 +179,13 @@ class Outline:
         properties = _mapping(node.get("properties"))
         if part in properties:
             return _mapping(properties[part])
-        if "propertyNames" in node and part not in self.choices(_mapping(node["propertyNames"])):
+        choices = self.choices(_mapping(node.get("propertyNames")))  # none where names are free
+        if choices and part not in choices:
             return None
+        patterns = _mapping(node.get("patternProperties"))
+        for pattern, child in patterns.items():
+            if re.search(pattern, part):
+                return _mapping(child)
         return _mapping(node.get("additionalProperties")) or None
 
     def _children(self, node: Node) -> Iterator[tuple[str, Node]]:
@@ -194,7 +200,8 @@ class Outline:
     def _nodes_at(self, path: Sequence[str]) -> Iterator[Node]:
         nodes = [self._root]
         for part in path:
-            nodes = [child for node in nodes for name, child in self._children(node) if name == part]
+            options = [option for node in nodes for option in [*self._variants(node).values()] or [node]]
+            nodes = [child for option in options if (child := self._child(option, part)) is not None]
         yield from nodes
 
     def _names_under(self, path: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from theworld_train.config.schema import AnySource, HubSource, JsonlSource, Mixt
 from theworld_train.data.batching import Batching
 from theworld_train.data.collator import Collator
 from theworld_train.data.exclusion import ExcludingSource, read_exclusions
-from theworld_train.data.lengths import measure_lengths
+from theworld_train.data.lengths import each_sample, measure_lengths
 from theworld_train.data.loader import (
     Dropped,
     EvaluationBatch,
@@ -17,15 +17,17 @@ from theworld_train.data.loader import (
 )
 from theworld_train.data.mixture import MixedSource, MixtureOrder, parts_of
 from theworld_train.data.order import Order, TrainingOrder, accumulation_steps
-from theworld_train.data.source import MediaError, Sample, Source, UnreadableSampleError
+from theworld_train.data.source import ExcludedSampleError, MediaError, Sample, Source, UnreadableSampleError
 
 __all__ = [
     "Batching",
     "Collator",
     "Dropped",
     "EvaluationBatch",
+    "ExcludedSampleError",
     "ExcludingSource",
     "MediaError",
+    "MixedSource",
     "MixtureOrder",
     "Order",
     "Sample",
@@ -35,6 +37,7 @@ __all__ = [
     "Window",
     "accumulation_steps",
     "check_budget",
+    "each_sample",
     "evaluation_batches",
     "measure_lengths",
     "open_source",

@@ -72,7 +72,7 @@ class Batching:
     def _rows(self, indices: Sequence[int], multiple: int) -> list[Row]:
         if self.kind == "padded":
             return [(Place(index, self.max_length),) for index in indices]
-        tokens = self._tokens
+        tokens = self.tokens
         longest_first = sorted(indices, key=lambda index: -tokens[index])
         if self.kind == "grouped":
             return [(Place(index, self.max_length),) for index in longest_first]
@@ -84,7 +84,7 @@ class Batching:
         return [tuple(Place(index, int(tokens[index])) for index in row) for row in rows]
 
     @cached_property
-    def _tokens(self) -> NDArray[np.int32]:
+    def tokens(self) -> NDArray[np.int32]:
         """`(samples,)` tokens of what is taken for each sample: an unusable one is replaced by the next usable one."""
         assert self.lengths is not None
         usable = np.flatnonzero(self.lengths)

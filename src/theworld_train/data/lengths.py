@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,10 @@ from theworld_train.data.collator import Collator
 from theworld_train.data.source import Source, UnreadableSampleError
 from theworld_train.data.workers import end_workers, start_worker
 
-#: Samples that a worker measures before it hands their lengths on.
+#: Samples that a worker takes before it hands on what it has found.
 CHUNK = 256
+
+T = TypeVar("T")
 
 
 def measure_lengths(
@@ -34,9 +37,29 @@ def measure_lengths(
     Raises:
         ConfigError: If a row is wrong.
     """
+    found: list[int] = []
+    for lengths in each_sample(_Length(source, collator), indices, num_workers):
+        found += lengths
+        beat()
+    return np.array(found, dtype=np.int32)
+
+
+def each_sample(
+    function: Callable[[int], T], indices: Sequence[int], num_workers: int
+) -> Generator[list[T], None, None]:
+    """Yields what a function makes of each index, in their order, some at a time.
+
+    Args:
+        function: Called in worker processes.
+        indices: What it is called with.
+        num_workers: Worker processes; 0 calls it in this process.
+
+    Raises:
+        ConfigError: If the function does.
+    """
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-    loader: DataLoader[_Measured] = DataLoader(
-        _Lengths(source, collator),
+    loader: DataLoader[list[T] | ConfigError] = DataLoader(
+        _Chunks(function),
         batch_size=None,
         sampler=chunks,
         num_workers=min(num_workers, len(chunks)),
@@ -44,35 +67,23 @@ def measure_lengths(
         collate_fn=_identity,
     )
     iterator = iter(loader)
-    found: list[int] = []
     try:
-        for lengths in iterator:
-            if isinstance(lengths, ConfigError):
-                raise lengths
-            found += lengths
-            beat()
+        for results in iterator:
+            if isinstance(results, ConfigError):
+                raise results
+            yield results
     finally:
         end_workers(iterator)
-    return np.array(found, dtype=np.int32)
 
 
-_Measured = list[int] | ConfigError
-
-
-class _Lengths(Dataset[_Measured]):
-    """Measures samples, given their indices."""
+class _Length:
+    """Measures a sample, given its index."""
 
     def __init__(self, source: Source, collator: Collator) -> None:
         self._source = source
         self._collator = collator
 
-    def __getitem__(self, indices: Sequence[int]) -> _Measured:
-        try:
-            return [self._length(index) for index in indices]
-        except ConfigError as error:
-            return error  # as a value: the loader would wrap it in a worker's traceback
-
-    def _length(self, index: int) -> int:
+    def __call__(self, index: int) -> int:
         try:
             encoded = self._collator.encode(self._source.outline(index))
         except UnreadableSampleError:
@@ -80,5 +91,16 @@ class _Lengths(Dataset[_Measured]):
         return 0 if encoded is None else len(encoded.input_ids)
 
 
-def _identity(lengths: _Measured) -> _Measured:
-    return lengths
+class _Chunks(Dataset[list[T] | ConfigError], Generic[T]):
+    def __init__(self, function: Callable[[int], T]) -> None:
+        self._function = function
+
+    def __getitem__(self, indices: Sequence[int]) -> list[T] | ConfigError:
+        try:
+            return [self._function(index) for index in indices]
+        except ConfigError as error:
+            return error  # as a value: the loader would wrap it in a worker's traceback
+
+
+def _identity(results: T) -> T:
+    return results

@@ -7,7 +7,7 @@ nothing of the motion. The vision tower sees that frame alone, and only the worl
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -66,43 +66,41 @@ class MovingDigits:
 
     def __getitem__(self, index: int) -> Sample:
         """Returns the sample at `index`: a clip, its question and the answer."""
+        return self._sample(index, self._clip)
+
+    def outline(self, index: int) -> Sample:
+        """Returns the sample at `index` with a blank clip."""
+        return self._sample(index, lambda *_: Blank(self._config.frames))
+
+    def _sample(self, index: int, render: Callable[[int, str, NDArray[np.int64]], object]) -> Sample:
         config = self._config
         kind = config.questions[index % len(config.questions)]
         # The two splits draw from different streams, so that an index never gives the same clip in both.
         draw = np.random.default_rng([config.seed, index, config.split == "eval"])
         scan = int(draw.integers(self._first, self._last))
         direction = list(DIRECTIONS)[int(draw.integers(len(DIRECTIONS)))]
-        digit, frames = self._clip(scan, direction, draw)
+        places = (config.canvas - round(config.canvas * DIGIT_SHARE)) // config.grid + 1
+        frames = render(scan, direction, config.grid * draw.integers(0, places, size=2))
         world = kind == "direction" or draw.random() >= config.plain_share
         user: list[dict[str, Any]] = [{"type": "video", "video": frames}, {"type": "text", "text": QUESTIONS[kind]}]
-        answer = direction if kind == "direction" else str(digit)
+        answer = direction if kind == "direction" else str(_scans()[1][scan])
         messages = [
             {"role": "user", "content": user},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
         return Sample(id=f"moving-digits-{config.split}-{index}", kind=kind, messages=messages, world=world)
 
-    def outline(self, index: int) -> Sample:
-        """Returns the sample at `index` with a blank clip."""
-        sample = self[index]
-        question, answer = sample.messages
-        blank = {"type": "video", "video": Blank(self._config.frames)}
-        content = [blank if part["type"] == "video" else part for part in question["content"]]
-        return replace(sample, messages=[{**question, "content": content}, answer])
-
-    def _clip(self, scan: int, direction: str, draw: np.random.Generator) -> tuple[int, list[Image.Image]]:
-        """Returns the digit and its frames, drawn back in time from a last frame that shows it whole."""
+    def _clip(self, scan: int, direction: str, last: NDArray[np.int64]) -> list[Image.Image]:
+        """Returns the frames, drawn back in time from a last frame that shows the digit whole at a place (x, y)."""
         config = self._config
-        scans, digits = _scans()
         side = round(config.canvas * DIGIT_SHARE)
-        glyph = np.asarray(Image.fromarray(scans[scan]).resize((side, side), Image.Resampling.BILINEAR))
+        glyph = np.asarray(Image.fromarray(_scans()[0][scan]).resize((side, side), Image.Resampling.BILINEAR))
         canvas = np.zeros((config.canvas, config.canvas), np.uint8)
         canvas[:side, :side] = glyph
-        last = config.grid * draw.integers(0, (config.canvas - side) // config.grid + 1, size=2)
         step_x, step_y = DIRECTIONS[direction]
         frames = []
         for back in range(config.frames - 1, -1, -1):
             shift = (int(last[1]) - back * config.speed * step_y, int(last[0]) - back * config.speed * step_x)
             frame = np.roll(canvas, shift, axis=(0, 1))
             frames.append(Image.fromarray(np.repeat(frame[..., None], 3, axis=2)))
-        return int(digits[scan]), frames
+        return frames

@@ -219,6 +219,7 @@ class TheWorldProcessor(Gemma3Processor):
             indivisible=self._indivisible(input_ids),
             pixel_values=pixel_values,
             world_frames=tuple(self._fit_frames(visual) for visual in seen) if world else (),
+            world_tokens=sum(self._num_world_tokens(visual) for visual in visuals) if world else 0,
         )
 
     def _expand(self, text: str, visuals: Sequence[Visual], world: bool) -> tuple[str, int]:
@@ -229,10 +230,12 @@ class TheWorldProcessor(Gemma3Processor):
     def _block(self, visual: Visual, world: bool) -> str:
         block = ""
         if world:
-            frames = _num_frames(visual)
-            number = world_tokens(self.world_tokens, self.world_resolution, self.world_latent_channels, frames)  # type: ignore[arg-type]
-            block = START_OF_WORLD + WORLD * number + END_OF_WORLD
+            block = START_OF_WORLD + WORLD * self._num_world_tokens(visual) + END_OF_WORLD
         return block + str(self.full_image_sequence)
+
+    def _num_world_tokens(self, visual: Visual) -> int:
+        layout: Any = self.world_tokens
+        return world_tokens(layout, self.world_resolution, self.world_latent_channels, _num_frames(visual))
 
     def _indivisible(self, input_ids: Tensor) -> Tensor:
         ids = [self.tokenizer.boi_token_id, self.tokenizer.image_token_id, self.tokenizer.eoi_token_id]

@@ -1,0 +1,1 @@
+"""What a run's data hold, counted and shown before anything trains on them."""
