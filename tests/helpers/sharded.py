@@ -13,13 +13,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from theworld_train.assemble.model import build_stage
 from theworld_train.config.schema import RunConfig
+from theworld_train.memory.following import PhasedEngine
+from theworld_train.memory.timeline import CUDA_BLOCK, Peak, Timeline, spans
+from theworld_train.memory.tracker import MemoryTracker
 from theworld_train.model.build import build_on_meta
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.plan import dry_run as planned
 from theworld_train.plan.cuda import cuda_semantics
 from theworld_train.plan.known_values import KnowingFakeMode
-from theworld_train.plan.timeline import CUDA_BLOCK, Peak, Timeline, spans
-from theworld_train.plan.tracker import MemoryTracker
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import build_optimizer
 from theworld_train.train.ledger import build_ledger, trainable_components
@@ -103,7 +104,7 @@ def _peak(config: RunConfig, architecture: TheWorldConfig, ranks: int, device: p
             ledger=ledger,
             runtime=ShardedRuntime(),
             stage=stage,
-            engine=planned.PlannedEngine(stage, optimizer, tracker),
+            engine=PhasedEngine(planned.PlannedEngine(stage, lambda: optimizer), tracker.enter_phase),
             max_steps=2,
             first_step=0,
             windows=None,

@@ -14,10 +14,10 @@ from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
 from theworld_train.config.schema import GradientCheckpointing, Offload, RunConfig, frames_of
 from theworld_train.config.schema import Strategy as StrategyName
+from theworld_train.memory.timeline import Peak, Timeline
 from theworld_train.plan.allocator import reserved_bytes
 from theworld_train.plan.dry_run import DeviceKind, DryRun, Gathering, dry_run
 from theworld_train.plan.strategies import STRATEGIES, Strategy, load_peak, rank_timeline
-from theworld_train.plan.timeline import Peak, Timeline
 
 Word = Literal["fits", "tight", "does not fit"]
 #: Dotted keys of the run config and their values.

@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from theworld_train.plan.timeline import Span
+from theworld_train.memory.timeline import Span
 
 MIB = 2**20
 _ROUNDING = 512

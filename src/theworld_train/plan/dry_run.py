@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,14 +20,15 @@ from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of, leaf_sources
 from theworld_train.data import Window
+from theworld_train.memory.following import PhasedEngine, following
+from theworld_train.memory.timeline import CUDA_BLOCK, Timeline, spans
+from theworld_train.memory.tracker import MemoryTracker, Trace
 from theworld_train.model.build import build_on_meta
-from theworld_train.model.components import COMPONENT_PATHS, component_parameters
+from theworld_train.model.components import component_parameters
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.plan.cuda import cuda_semantics
 from theworld_train.plan.known_values import KnowingFakeMode
-from theworld_train.plan.timeline import CUDA_BLOCK, Timeline, spans
-from theworld_train.plan.tracker import LOSS, SEQUENCE, MemoryTracker, Trace
 from theworld_train.train.engine import ReplicatedEngine, wrap_units
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.groups import adamw_implementation, build_optimizer
@@ -256,27 +257,7 @@ class PlannedRuntime(Runtime):
 
 
 class PlannedEngine(ReplicatedEngine):
-    """Tells the tracker where a step is; what another engine does to memory is a matter of the strategy."""
-
-    def __init__(self, stage: StageModule, optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
-        """Args: stage: not wrapped. optimizer: over its parameters. tracker: told of every phase."""
-        super().__init__(stage, lambda: optimizer)
-        self._tracker = tracker
-
-    def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Begins the forward pass, and after it the next micro-batch or the optimizer."""
-        return self._micro_batch(last)
-
-    @contextmanager
-    def _micro_batch(self, last: bool) -> Generator[None]:
-        self._tracker.enter_phase("forward")
-        yield
-        self._tracker.enter_phase("optimizer" if last else "encode")
-
-    def backward(self, loss: Tensor) -> None:
-        """Runs the backward pass."""
-        self._tracker.enter_phase("backward")
-        super().backward(loss)
+    """Takes fake tensors; what another engine does to memory is a matter of the strategy."""
 
     def step(self, max_norm: float | None) -> Tensor:
         """Clips and steps in any case: whether the norm of fake gradients is finite is not known."""
@@ -400,16 +381,14 @@ def trace_steps(
         ledger=ledger,
         runtime=PlannedRuntime(),
         stage=stage,
-        engine=PlannedEngine(stage, optimizer, tracker),
+        engine=PhasedEngine(PlannedEngine(stage, lambda: optimizer), tracker.enter_phase),
         max_steps=steps,
         first_step=0,
         windows=lambda _start, _number: (_ for _ in ()),
         quarantine=Quarantine(),
     )
     stage.set_training_modes()
-    components = {path: component.value for component, path in COMPONENT_PATHS.items()}
-    with _uncollected(), tracker, tracker.watching(model, components | {"lm_head": LOSS}, units):
-        _adopt(tracker, model, optimizer, batches)
+    with _uncollected(), following(tracker, model, optimizer, batches, units):
         for step in range(steps):
             tracker.begin_step(step)
             trainer.step(Window(step, tuple(batches), ()))
@@ -437,27 +416,6 @@ def _uncollected() -> Generator[None]:
     finally:
         if collects:
             gc.enable()
-
-
-def _adopt(
-    tracker: MemoryTracker,
-    model: TheWorldForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-) -> None:
-    """Tells the tracker what is there before the first step."""
-    names: dict[int, tuple[str, str]] = {}
-    for component, parameters in component_parameters(model).items():
-        for name, parameter in parameters.items():
-            tracker.adopt_parameter(parameter, component.value, name)
-            names[id(parameter)] = (component.value, name)
-    for name, buffer in model.named_buffers():
-        tracker.adopt(buffer, "weights", tracker.component_of(name))
-    tracker.adopt_state(optimizer, names)
-    for batch in {id(batch): batch for batch in batches}.values():
-        for value in vars(batch).values():
-            if isinstance(value, Tensor):
-                tracker.adopt(value, "activations", SEQUENCE)
 
 
 def _parameters(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.schema import OFFLOADING, Offload
 from theworld_train.config.schema import Strategy as StrategyName
+from theworld_train.memory.timeline import Peak, Span, Timeline, spans
+from theworld_train.memory.tracker import OPTIMIZER, Allocation, Category
 from theworld_train.plan.dry_run import DryRun, Gathering, PlannedParameter
-from theworld_train.plan.timeline import Peak, Span, Timeline, spans
-from theworld_train.plan.tracker import OPTIMIZER, Allocation, Category
 from theworld_train.train.engine import MAX_LIVE, REDUCE_BUCKET
 from theworld_train.train.groups import state_bytes
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from theworld_train.memory.timeline import Span
 from theworld_train.plan.allocator import MIB, CachingAllocator, reserved_bytes
-from theworld_train.plan.timeline import Span
 
 
 @pytest.mark.parametrize(

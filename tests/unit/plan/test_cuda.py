@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
+from theworld_train.memory.tracker import Allocation, MemoryTracker
 from theworld_train.plan.cuda import cuda_semantics
 from theworld_train.plan.known_values import KnowingFakeMode
-from theworld_train.plan.tracker import Allocation, MemoryTracker
 
 BATCH, HEADS, POSITIONS, SIZE = 2, 8, 100, 64
 

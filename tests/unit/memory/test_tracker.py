@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from theworld_train.plan.timeline import Timeline, spans
-from theworld_train.plan.tracker import Allocation, MemoryTracker, Trace
+from theworld_train.memory.timeline import Timeline, spans
+from theworld_train.memory.tracker import Allocation, MemoryTracker, Trace
 
 KIB = 1024
 

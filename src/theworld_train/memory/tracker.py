@@ -102,12 +102,17 @@ class MemoryTracker(TorchDispatchMode):
     What an operator allocates and frees inside of its kernel stays unseen.
     """
 
-    def __init__(self) -> None:
-        """Starts in the phase `load` with nothing alive."""
+    def __init__(self, device: str | None = None) -> None:
+        """Starts in the phase `load` with nothing alive.
+
+        Args:
+            device: Type of the only device whose storages count, such as `cuda`; all of them if absent.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self.phase: Phase = "load"
         self.step = -1
+        self._device = device
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], Allocation]] = {}
         self._paths: dict[int, str] = {}
         self._watched: set[str] = set()
@@ -151,7 +156,7 @@ class MemoryTracker(TorchDispatchMode):
             parameter.register_post_accumulate_grad_hook(partial(self._gradient, component, name))
 
     def adopt_state(self, optimizer: torch.optim.Optimizer, names: dict[int, tuple[str, str]]) -> None:
-        """Follows the optimizer's state.
+        """Follows the optimizer's state, what there is of it and what its steps make.
 
         Args:
             optimizer: The optimizer.
@@ -164,6 +169,7 @@ class MemoryTracker(TorchDispatchMode):
                     if isinstance(value, Tensor):
                         self.adopt(value, "optimizer", *names[id(parameter)])
 
+        after_step(optimizer, (), {})
         optimizer.register_step_post_hook(after_step)
 
     @contextmanager
@@ -219,6 +225,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def _see(self, tensor: Tensor, op: str) -> Allocation | None:
         """Takes in the storage of a tensor, and returns what is known of it; None if it is empty."""
+        if self._device is not None and tensor.device.type != self._device:
+            return None
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)

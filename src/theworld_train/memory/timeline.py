@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from theworld_train.plan.tracker import CATEGORIES, Category, Event, Trace
+from theworld_train.memory.tracker import CATEGORIES, Category, Event, Trace
 
 #: Where in a step memory is taken: phase, module and operator.
 Place = tuple[str, str, str]
@@ -90,7 +90,7 @@ class Timeline:
             held: What is held, and when.
             block: Sizes are rounded up to its multiples.
         """
-        self._events = events
+        self.events = events
         self.held = tuple(held)
         self._sizes = [(span, -(-span.size // block) * block) for span in self.held]
         changes = np.zeros((len(CATEGORIES), len(events) + 1), dtype=np.int64)
@@ -104,7 +104,7 @@ class Timeline:
     def phase_peaks(self, step: int) -> dict[str, int]:
         """Returns the most memory in each phase of one optimizer step."""
         peaks: dict[str, int] = {}
-        for event, total in zip(self._events, self.total.tolist(), strict=True):
+        for event, total in zip(self.events, self.total.tolist(), strict=True):
             if event.step == step:
                 peaks[event.phase] = max(peaks.get(event.phase, 0), total)
         return peaks
@@ -112,7 +112,7 @@ class Timeline:
     def peaks_by_place(self, step: int) -> dict[Place, int]:
         """Returns the most memory at each place of one optimizer step."""
         peaks: dict[Place, int] = {}
-        for event, total in zip(self._events, self.total.tolist(), strict=True):
+        for event, total in zip(self.events, self.total.tolist(), strict=True):
             if event.step == step and event.is_birth:
                 place = (event.phase, event.allocation.module, event.allocation.op)
                 peaks[place] = max(peaks.get(place, 0), total)
@@ -120,18 +120,18 @@ class Timeline:
 
     def peak(self, step: int | None = None) -> Peak:
         """Returns the moment of most memory in one optimizer step, or in all of the trace."""
-        inside = [step is None or event.step == step for event in self._events]
+        inside = [step is None or event.step == step for event in self.events]
         index = int(np.where(inside, self.total, -1).argmax())
         parts: dict[tuple[Category, str], int] = {}
         for span, size in self._sizes:
             if span.start <= index < span.end:
                 key = (span.category, span.component)
                 parts[key] = parts.get(key, 0) + size
-        last = next(event for event in reversed(self._events[: index + 1]) if event.is_birth)
+        last = next(event for event in reversed(self.events[: index + 1]) if event.is_birth)
         return Peak(
             total=int(self.total[index]),
             parts=dict(sorted(parts.items(), key=lambda item: -item[1])),
-            phase=self._events[index].phase,
+            phase=self.events[index].phase,
             op=last.allocation.op,
             module=last.allocation.module,
             event=index,
