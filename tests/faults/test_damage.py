@@ -168,7 +168,7 @@ def test_checkpoint_that_will_not_fit_is_told_before_a_model_loads(
 ):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr("theworld_train.assemble.run.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("theworld_train.assemble.steps.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(ConfigError, match=r"a checkpoint takes [\d,]+ bytes, but 1,000 are free there") as error:
         resume(tiny, tmp_path / "run", {})
     assert str(tmp_path / "run") in str(error.value)
@@ -192,7 +192,7 @@ def test_output_directory_that_cannot_be_is_told_before_a_model_loads(
     tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("theworld_train.assemble.run.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("theworld_train.assemble.steps.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
     with pytest.raises(ConfigError, match="output_dir"):
         resume(tiny, tmp_path / "file" / "run", {})
 

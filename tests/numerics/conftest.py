@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.helpers.tiny import TinyCheckpoint
-from theworld_train.assemble import run
+from theworld_train.assemble import run, steps
 from theworld_train.assemble.inputs import Inputs, open_inputs
 from theworld_train.assemble.model import LoadedModel, load_model
 from theworld_train.config import load_run_config
@@ -190,7 +190,7 @@ def finish(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], FinishedRun
             return loaded[-1]
 
         with monkeypatch.context() as patch:
-            patch.setattr(run, "load_model", keep)
+            patch.setattr(steps, "load_model", keep)
             run.train(config, Console(file=io.StringIO()))
         return FinishedRun(Path(config.output_dir), loaded[0].model)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from theworld_train.assemble import run
+from theworld_train.assemble import steps
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
 from theworld_train.train.groups import build_optimizer
@@ -92,7 +92,7 @@ def test_a_run_whose_optimizer_lacks_parameters_stops_after_its_first_step(
         del optimizer.param_groups[0]
         return optimizer
 
-    monkeypatch.setattr(run, "build_optimizer", forgetful)
+    monkeypatch.setattr(steps, "build_optimizer", forgetful)
     with pytest.raises(ConfigError, match=r"did not move: model\.vision_tower"):
         finish(shipped("vision", tmp_path / "run"))
     assert not list((tmp_path / "run").glob("step-*"))
@@ -111,7 +111,7 @@ def test_a_run_that_moves_frozen_parameters_stops_after_its_first_step(
         optimizer.register_step_post_hook(lambda *_: weight.data.view(torch.int32)[0, 0].bitwise_xor_(1))
         return optimizer
 
-    monkeypatch.setattr(run, "build_optimizer", careless)
+    monkeypatch.setattr(steps, "build_optimizer", careless)
     with pytest.raises(
         ConfigError, match=r"frozen tensors that changed: model\.language_model\.layers\.1\.mlp\.up_proj"
     ):

@@ -9,39 +9,29 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from theworld_train.accounting.ledger import ParameterLedger, lines
-from theworld_train.assemble.inputs import EvaluationInputs, Inputs, max_steps, open_inputs
-from theworld_train.assemble.model import build_stage, ledger_of, load_model, move
+from theworld_train.assemble.inputs import EvaluationInputs, Inputs, open_inputs
+from theworld_train.assemble.model import ledger_of
 from theworld_train.assemble.saver import RunSaver
+from theworld_train.assemble.steps import prepare
 from theworld_train.checkpoint_files import checkpoints, resolve_checkpoint
 from theworld_train.config import dump_config, load_run_config
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
-    Batching,
     EvaluationBatch,
-    Window,
     accumulation_steps,
     evaluation_batches,
-    measure_lengths,
-    training_batches,
 )
-from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.train.checkpoint import (
-    OPTIMIZER_FILE,
     clear_remains,
-    load_optimizer,
-    restore_random_state,
     set_damaged_aside,
-    trained_parameters,
 )
-from theworld_train.train.engine import Engine
-from theworld_train.train.groups import build_optimizer, optimizer_class
+from theworld_train.train.groups import optimizer_class
 from theworld_train.train.handoff import Inheritance
-from theworld_train.train.ledger import build_ledger, check_expectation, trainable_components
+from theworld_train.train.ledger import check_expectation
 from theworld_train.train.metrics import (
     Forecast,
     MetricsFile,
@@ -189,42 +179,30 @@ def _take_directory(config: RunConfig, held: ExitStack, console: Console) -> Non
 def _train(
     config: RunConfig, inputs: Inputs, checkpoint: Path | None, resume: bool, runtime: Runtime, console: Console
 ) -> TrainingResult:
-    steps = max_steps(config, len(inputs.train))
     accumulation = accumulation_steps(
         config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
     )
-    batching = _batching(config, inputs, runtime)
-    with runtime.agreement():
-        loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
-        ledger = build_ledger(loaded.model, config)
-        check_expectation(ledger, config)
-    model, inheritance = loaded.model, loaded.inheritance
-    stage = build_stage(model, config)
-    move(model, runtime.device)
-    engine = runtime.engine(stage, lambda: build_optimizer(model, config), config)
-    runtime.seed(config.seed, inheritance.step)
-    if resume and inheritance.source is not None:
-        with runtime.agreement():
-            _restore(engine, model, inheritance, runtime)
+    ready = prepare(config, inputs, checkpoint, runtime, resume=resume)
+    inheritance, ledger = ready.loaded.inheritance, ready.ledger
     directory = Path(config.output_dir)
     metrics = progress = None
     if runtime.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG_FILE).write_text(dump_config(config))
         metrics = MetricsFile(directory / METRICS_FILE, inheritance.step)
-        _announce(config, ledger, steps, accumulation, runtime, inheritance, console)
-        progress = ProgressDisplay(console, config.name, inheritance.step, steps)
+        _announce(config, ledger, ready.max_steps, accumulation, runtime, inheritance, console)
+        progress = ProgressDisplay(console, config.name, inheritance.step, ready.max_steps)
     _start_trackers(config, runtime)
-    saver = RunSaver(config, inputs, loaded, ledger)
+    saver = RunSaver(config, inputs, ready.loaded, ledger)
     trainer = Trainer(
         config=config,
         ledger=ledger,
         runtime=runtime,
-        stage=stage,
-        engine=engine,
-        max_steps=steps,
+        stage=ready.stage,
+        engine=ready.engine,
+        max_steps=ready.max_steps,
         first_step=inheritance.step,
-        windows=lambda start, number: _windows(config, inputs, batching, runtime, start, number),
+        windows=ready.windows,
         held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, runtime),
         save=saver,
         quarantine=Quarantine(directory / QUARANTINE_FILE, config.data.max_bad_samples, writes=runtime.is_main),
@@ -242,52 +220,6 @@ def _train(
     if runtime.is_main:
         write_result(directory, ledger, result)
     return result
-
-
-def _restore(
-    engine: Engine, model: TheWorldForConditionalGeneration, inheritance: Inheritance, runtime: Runtime
-) -> None:
-    assert inheritance.source is not None
-    load_optimizer(engine, trained_parameters(model), inheritance.source / OPTIMIZER_FILE)
-    if runtime.world_size == len(inheritance.rng):
-        restore_random_state(inheritance.rng[runtime.rank])
-
-
-def _batching(config: RunConfig, inputs: Inputs, runtime: Runtime) -> Batching:
-    """Returns how samples are laid into micro-batches; for their lengths, each rank measures a share of them."""
-    kind = config.training.batching
-    if kind == "padded":
-        return Batching(kind, inputs.max_length)
-    with runtime.agreement():
-        own = range(runtime.rank, len(inputs.train), runtime.world_size)
-        measured = measure_lengths(inputs.train, inputs.collator, own, config.data.num_workers, runtime.beat)
-    lengths = np.zeros(len(inputs.train), dtype=np.int32)
-    for rank, share in enumerate(runtime.gather(measured)):
-        lengths[rank :: runtime.world_size] = share
-    return Batching(kind, inputs.max_length, lengths)
-
-
-def _windows(
-    config: RunConfig,
-    inputs: Inputs,
-    batching: Batching,
-    runtime: Runtime,
-    start: int,
-    number: int,
-) -> Generator[Window, None, None]:
-    return training_batches(
-        inputs.train,
-        inputs.collator,
-        inputs.order,
-        batching,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        micro_batch_size=config.training.micro_batch_size,
-        start_step=start,
-        num_steps=number,
-        num_workers=config.data.num_workers,
-        pin_memory=runtime.device.type == "cuda",
-    )
 
 
 def held_out_batches(

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from theworld_train.accounting.flops import StepWork
 from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies, gpu_of_device
 from theworld_train.accounting.step_time import calibrate
 from theworld_train.assemble.run import CONFIG_FILE, METRICS_FILE
 from theworld_train.config import load_run_config
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
+from theworld_train.memory.timeline import Peak
 from theworld_train.plan.advice import Planner
+from theworld_train.plan.dry_run import DeviceKind
 from theworld_train.plan.strategies import strategy_of
-from theworld_train.plan.timing import plan_time
+from theworld_train.plan.timing import plan_time, planned_work
 from theworld_train.train.metrics import WARM_UP_STEPS, Forecast, Resources, read_metrics
 
 
@@ -33,6 +36,21 @@ def predict(config: RunConfig, taken: Resources) -> Forecast:
     if gpu is None or config.runtime.offload != "none":  # what moves to the host is not timed
         return Forecast(peak, None)
     return Forecast(peak, plan_time(config, planner.run(setting), setting, gpu).step.seconds)
+
+
+def predict_step(config: RunConfig, positions: int, supervised: int, device: DeviceKind) -> tuple[Peak, StepWork]:
+    """Plans a step of a single process: the moment of most memory, and what is computed.
+
+    Args:
+        config: The run config.
+        positions: Tokens of a sample.
+        supervised: Supervised tokens of a sample.
+        device: Whose memory is planned.
+    """
+    planner = Planner(config, positions, supervised, device)
+    setting = planner.setting("ddp", ranks=1)
+    run = planner.run(setting)
+    return planner.timeline(setting).peak(run.steps - 1), planned_work(config, run, setting)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from theworld_train.accounting.collectives import Collective, Exchanged, collectives
-from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
+from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, StepWork, step_work
 from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
 from theworld_train.accounting.pieces import Attention
 from theworld_train.accounting.step_time import RunTime, StepTime, run_time, step_time
@@ -50,10 +50,28 @@ def plan_time(
         gpu: What it runs on.
         shares: Of the GPU's peaks, as measured; the shipped ones if absent.
     """
-    training, samples = config.training, setting.micro_batch_size * setting.ranks * dry.shape.images
-    accumulation = max(1, math.ceil(training.global_batch_size / samples))
     shares = efficiencies(gpu) if shares is None else shares
-    work = step_work(
+    work = planned_work(config, dry, setting)
+    exchanges: tuple[Collective, ...] = ()
+    if setting.ranks > 1:
+        wrapped = [parameter for parameter in dry.parameters if parameter.unit is not None]
+        sizes = {trains: sum(p.numel for p in wrapped if p.trains is trains) for trains in (True, False)}
+        units = len({parameter.unit for parameter in wrapped})
+        computed = 4 if config.precision == "fp32" else 2
+        # ZeRO-3 gathers masters; the world encoder, small beside the rest, is not told apart here.
+        stored = computed if config.precision == "bf16_pure" or setting.strategy.name != "zero3" else 4
+        exchanged = Exchanged(sizes[True], sizes[False], units, trainable_bytes=stored, frozen_bytes=computed)
+        exchanges = collectives(setting.strategy.name, exchanged, _accumulation(config, dry, setting))
+    precision = "fp32" if config.precision == "fp32" else "bf16"
+    step = step_time(work, gpu, shares, ranks=setting.ranks, exchanges=exchanges, precision=precision)
+    steps = config.training.max_steps
+    return PlannedTime(step, None if steps is None else run_time(step, steps, setting.ranks))
+
+
+def planned_work(config: RunConfig, dry: DryRun, setting: Setting) -> StepWork:
+    """Returns what one rank computes in an optimizer step; arguments as in `plan_time`."""
+    training = config.training
+    return step_work(
         StepModel.from_config(describe_model(config).to_dict()),
         StepShape(
             setting.micro_batch_size,
@@ -61,7 +79,7 @@ def plan_time(
             dry.shape.supervised,
             images=dry.shape.images,
             frames=dry.shape.frames,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=_accumulation(config, dry, setting),
         ),
         StepSettings(
             trainable=frozenset(config.trainable),
@@ -79,17 +97,8 @@ def plan_time(
             },
         ),
     )
-    exchanges: tuple[Collective, ...] = ()
-    if setting.ranks > 1:
-        wrapped = [parameter for parameter in dry.parameters if parameter.unit is not None]
-        sizes = {trains: sum(p.numel for p in wrapped if p.trains is trains) for trains in (True, False)}
-        units = len({parameter.unit for parameter in wrapped})
-        computed = 4 if config.precision == "fp32" else 2
-        # ZeRO-3 gathers masters; the world encoder, small beside the rest, is not told apart here.
-        stored = computed if config.precision == "bf16_pure" or setting.strategy.name != "zero3" else 4
-        exchanged = Exchanged(sizes[True], sizes[False], units, trainable_bytes=stored, frozen_bytes=computed)
-        exchanges = collectives(setting.strategy.name, exchanged, accumulation)
-    precision = "fp32" if config.precision == "fp32" else "bf16"
-    step = step_time(work, gpu, shares, ranks=setting.ranks, exchanges=exchanges, precision=precision)
-    steps = training.max_steps
-    return PlannedTime(step, None if steps is None else run_time(step, steps, setting.ranks))
+
+
+def _accumulation(config: RunConfig, dry: DryRun, setting: Setting) -> int:
+    samples = setting.micro_batch_size * setting.ranks * dry.shape.images
+    return max(1, math.ceil(config.training.global_batch_size / samples))
