@@ -43,6 +43,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "fetch": CommandEntry("theworld_train.cli.fetch:fetch", "Download models and data, once, and pin their revisions."),
     "plan": CommandEntry("theworld_train.cli.plan:plan", "Plan a run's memory, and say whether it fits a GPU."),
     "data": CommandEntry("theworld_train.cli.data:data", "Count the tokens of a run's data, and show its samples."),
+    "profile": CommandEntry("theworld_train.cli.profile:profile", "Measure where the time and memory of steps go."),
     "params": CommandEntry("theworld_train.cli.params:params", "Count every parameter of a run, by component."),
     "tiny": CommandEntry("theworld_train.cli.tiny:tiny", "Write the quickstart's tiny model."),
     "validate": CommandEntry("theworld_train.cli.validate:validate", "Check run configs and pipelines."),

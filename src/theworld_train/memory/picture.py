@@ -53,13 +53,14 @@ def draw(path: Path, timeline: Timeline, step: int, title: str, where: str) -> N
     )
     top = peak.total / unit
     place = f"{peak.op} in {peak.module}" if peak.module else peak.op
+    along = (peak.event - first) / (last - first)
     axes.plot([peak.event - first], [top], "k.", markersize=6)
     axes.annotate(
         f"{top:.2f} {name}: {place}",
         (peak.event - first, top),
         xytext=(0, 6),
         textcoords="offset points",
-        ha="center",
+        ha="left" if along < 1 / 3 else "right" if along > 2 / 3 else "center",
     )
     starts = [index for index in inside if index == first or events[index].phase != events[index - 1].phase]
     for start, end in zip(starts, [*starts[1:], last], strict=True):
