@@ -73,10 +73,6 @@ class StepBreakdown:
     by_part: dict[tuple[str, Pass], float]
     operations: tuple[Operation, ...]
 
-    def of(self, part: str) -> float:
-        """Returns the seconds of one part in all passes."""
-        return sum(seconds for (name, _), seconds in self.by_part.items() if name == part)
-
 
 def break_down(events: Sequence[FunctionEvent], *, on_gpu: bool) -> StepBreakdown:
     """Attributes the events of a trace.
