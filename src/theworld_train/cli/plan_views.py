@@ -11,9 +11,9 @@ from rich.table import Table
 
 from theworld_train.accounting.gpus import gpu_specs
 from theworld_train.cli.tables import output
+from theworld_train.memory.tracker import CATEGORIES
 from theworld_train.plan.advice import GIB, judge
 from theworld_train.plan.timing import plan_time
-from theworld_train.memory.tracker import CATEGORIES
 
 if TYPE_CHECKING:
     from theworld_train.accounting.gpus import Efficiencies, GpuSpec

@@ -29,6 +29,7 @@ from theworld_train.profiling.attribution import StepBreakdown, break_down
 from theworld_train.profiling.ranges import DATA, STEP, Ranges
 from theworld_train.train.groups import optimizer_class
 from theworld_train.train.ledger import check_expectation
+from theworld_train.train.quarantine import Quarantine
 from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.trainer import Trainer
 
@@ -163,10 +164,7 @@ class _Steps:
             max_steps=ready.max_steps,
             first_step=0,
             windows=ready.windows,
-            held_out=None,
-            save=None,
-            metrics=None,
-            progress=None,
+            quarantine=Quarantine(),
         )
 
     def take(self, traces: Path) -> Profile:
