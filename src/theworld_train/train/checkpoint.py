@@ -35,6 +35,7 @@ from theworld_train.checkpoint_files import (
     checkpoints,
     file_sha256,
     manifest_digest,
+    sync,
     verify_checkpoint,
 )
 from theworld_train.config.errors import ConfigError, Problem
@@ -244,7 +245,7 @@ class CheckpointWriter:
             self._write_files(partial, step, snapshot, rng)
             seal(partial, {"step": step, "run": self._record.run_name, "world_size": len(rng)})
             partial.rename(final)
-            _sync_directory(self._directory)
+            sync(self._directory)
         try:
             retire(self._directory, self._keep_last)
         except OSError as error:
@@ -413,12 +414,12 @@ def seal(directory: Path, facts: dict[str, Any]) -> None:
     files = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
-            _sync_file(path)
+            sync(path)
             files[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"format": FORMAT, **facts, "files": files}
     _write_json(directory / MANIFEST_FILE, manifest | {SEAL: manifest_digest(manifest)})
-    _sync_file(directory / MANIFEST_FILE)
-    _sync_directory(directory)
+    sync(directory / MANIFEST_FILE)
+    sync(directory)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -429,17 +430,6 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True))
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-_sync_directory = _sync_file
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""One writer for each run directory."""
+"""One writer for each run directory, and for each directory of encoded media."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCK_FILE = ".run.lock"
 
 
 @contextmanager
-def run_lock(directory: Path, run: str) -> Generator[None]:
+def run_lock(directory: Path, run: str, key: str = "output_dir") -> Generator[None]:
     """Holds a run directory; the lock ends with the process, however that ends, and a file that stays locks nothing.
 
     A POSIX lock: forked data workers do not inherit it, and cluster file systems pass it between machines. Where a
@@ -26,6 +26,7 @@ def run_lock(directory: Path, run: str) -> Generator[None]:
     Args:
         directory: The run directory.
         run: Name of the run.
+        key: Configuration key that names the directory.
 
     Raises:
         ConfigError: If another process holds it, naming its host, process and run.
@@ -35,14 +36,14 @@ def run_lock(directory: Path, run: str) -> Generator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise _refusal(directory, (directory / LOCK_FILE).read_text()) from None
+                raise _refusal(directory, (directory / LOCK_FILE).read_text(), key) from None
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "run": run}))
         file.flush()
         yield
 
 
-def _refusal(directory: Path, text: str) -> ConfigError:
+def _refusal(directory: Path, text: str, key: str) -> ConfigError:
     try:
         owner = "run {run}, process {pid} on {host}".format(**json.loads(text))
     except (ValueError, KeyError):  # the other process is about to write it
@@ -50,8 +51,8 @@ def _refusal(directory: Path, text: str) -> ConfigError:
     return ConfigError(
         Problem(
             f"is being written by {owner}",
-            key="output_dir",
+            key=key,
             value=str(directory),
-            hint="wait for it or end it, or choose another output_dir",
+            hint=f"wait for it or end it, or choose another {key}",
         )
     )
