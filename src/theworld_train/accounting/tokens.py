@@ -23,6 +23,11 @@ def latent_frames(frames: int) -> int:
     return 1 + (frames - 1) // TEMPORAL_COMPRESSION
 
 
+def clip_frames(latents: int) -> int:
+    """Returns the frames of the clip that so many latent frames are of; `latent_frames` backwards."""
+    return 1 + TEMPORAL_COMPRESSION * (latents - 1)
+
+
 def latent_cells(resolution: int) -> int:
     """Returns the latent cells of a square frame with `resolution` pixels a side."""
     return (resolution // SPATIAL_COMPRESSION) ** 2

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
 from theworld_train.accounting.ledger import ParameterLedger, lines
+from theworld_train.assemble.encoded import check_encoded
 from theworld_train.assemble.inputs import EvaluationInputs, Inputs, open_inputs
 from theworld_train.assemble.model import ledger_of
 from theworld_train.assemble.saver import RunSaver
 from theworld_train.assemble.steps import prepare
 from theworld_train.checkpoint_files import checkpoints, resolve_checkpoint
 from theworld_train.config import dump_config, load_run_config
+from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
@@ -25,6 +27,7 @@ from theworld_train.data import (
     accumulation_steps,
     evaluation_batches,
 )
+from theworld_train.encoded_files import EncodedFiles
 from theworld_train.train.checkpoint import (
     clear_remains,
     set_damaged_aside,
@@ -123,6 +126,7 @@ def train(config: RunConfig, console: Console, predict: Predict | None = None) -
             runtime.same_everywhere("runtime.strategy", config.runtime.strategy)
             with runtime.agreement():
                 inputs = open_inputs(config)
+                check_encoded(config, inputs.processor)
                 ledger = ledger_of(config)
                 check_expectation(ledger, config)
                 optimizer_class(config.optimizer.name)  # answers now if its library is missing
@@ -191,6 +195,7 @@ def _train(
         (directory / CONFIG_FILE).write_text(dump_config(config))
         metrics = MetricsFile(directory / METRICS_FILE, inheritance.step)
         _announce(config, ledger, ready.max_steps, accumulation, runtime, inheritance, console)
+        _announce_encoded(config, ready.known, console)
         progress = ProgressDisplay(console, config.name, inheritance.step, ready.max_steps)
     _start_trackers(config, runtime)
     saver = RunSaver(config, inputs, ready.loaded, ledger)
@@ -203,7 +208,7 @@ def _train(
         max_steps=ready.max_steps,
         first_step=inheritance.step,
         windows=ready.windows,
-        held_out=None if inputs.held_out is None else lambda: held_out_batches(config, inputs, runtime),
+        held_out=None if inputs.held_out is None else lambda: held_out_batches(config, ready.inputs, runtime),
         save=saver,
         quarantine=Quarantine(directory / QUARANTINE_FILE, config.data.max_bad_samples, writes=runtime.is_main),
         metrics=metrics,
@@ -296,6 +301,17 @@ def _announce(
         verb = f"resumes at step {inheritance.step} from" if inheritance.step else "takes"
         what = "" if inheritance.step else f" {', '.join(inheritance.components)} from"
         say(f"{config.name}: {verb}{what} {inheritance.source}")
+
+
+def _announce_encoded(config: RunConfig, known: Mapping[Component, EncodedFiles] | None, console: Console) -> None:
+    """Prints what is read of the frozen encoders' work, if any is to be."""
+    if known is None:
+        return
+    held = [f"{len(files):,} entries of {component.value}" for component, files in known.items()]
+    said = ", ".join(held) or "nothing, as every encoder trains"
+    console.print(
+        f"{config.name}: reads {said} from {config.data.encoded}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def write_result(directory: Path, ledger: ParameterLedger, result: TrainingResult) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from theworld_train.accounting.ledger import ParameterLedger
+from theworld_train.assemble.encoded import open_encoded
 from theworld_train.assemble.inputs import Inputs, max_steps
 from theworld_train.assemble.model import LoadedModel, build_stage, load_model, move
+from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import Batching, Window, measure_lengths, training_batches
+from theworld_train.encoded_files import EncodedFiles
 from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.train.checkpoint import OPTIMIZER_FILE, load_optimizer, restore_random_state, trained_parameters
 from theworld_train.train.engine import Engine
@@ -30,6 +33,8 @@ class ReadySteps:
 
     Attributes:
         loaded: The model, and what it came from.
+        inputs: What the run reads, with what its frozen encoders have made of it.
+        known: That, by encoder; None if the run reads none.
         ledger: Its parameters.
         stage: The module of the step around it.
         engine: The stage, wrapped for the run's strategy, and its optimizer.
@@ -38,6 +43,8 @@ class ReadySteps:
     """
 
     loaded: LoadedModel
+    inputs: Inputs
+    known: Mapping[Component, EncodedFiles] | None
     ledger: ParameterLedger
     stage: StageModule
     engine: Engine
@@ -65,6 +72,8 @@ def prepare(
         loaded = load_model(config, trainable_components(config), checkpoint, resume=resume)
         ledger = build_ledger(loaded.model, config)
         check_expectation(ledger, config)
+        known = open_encoded(config, inputs.processor, loaded.model)
+        inputs = replace(inputs, collator=inputs.collator.knowing(known))
     model, inheritance = loaded.model, loaded.inheritance
     stage = build_stage(model, config)
     move(model, runtime.device)
@@ -74,7 +83,7 @@ def prepare(
         with runtime.agreement():
             _restore(engine, model, inheritance, runtime)
     windows = partial(_windows, config, inputs, batching, runtime)
-    return ReadySteps(loaded, ledger, stage, engine, max_steps(config, len(inputs.train)), windows)
+    return ReadySteps(loaded, inputs, known, ledger, stage, engine, max_steps(config, len(inputs.train)), windows)
 
 
 def _restore(

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from theworld_train.accounting.gpus import gpu_specs
+from theworld_train.assemble.encoded import frozen_encoders, kept_encoders
 from theworld_train.cli.tables import output
 from theworld_train.memory.tracker import CATEGORIES
 from theworld_train.plan.advice import GIB, judge
@@ -17,6 +18,7 @@ from theworld_train.plan.timing import plan_time
 
 if TYPE_CHECKING:
     from theworld_train.accounting.gpus import Efficiencies, GpuSpec
+    from theworld_train.config.schema import RunConfig
     from theworld_train.plan.advice import Assessment, Change, Planner, Setting
 
 
@@ -56,6 +58,7 @@ def _rows(
         "micro_batch_size": setting.micro_batch_size,
         "positions": run.shape.positions,
         "supervised": run.shape.supervised,
+        "encoders_read": sorted(component.value for component in kept_encoders(planner.config)),
         "peak_bytes": need.peak.total,
         "reserved_bytes": need.reserved,
         "overhead_bytes": need.overhead,
@@ -121,6 +124,7 @@ def print_one(group: Group, kinds: Sequence[GpuSpec], shares: Efficiencies | Non
     console.print(_strategy_table(planner, settings, assessments))
     if kinds:
         console.print(_time_table(planner, settings, kinds[0], shares))
+        console.print(_encoders_line(planner.config), highlight=False, markup=False, soft_wrap=True)
     peak = planner.need(first).peak
     place = f"{peak.op} in {peak.module}" if peak.module else peak.op
     console.print(f"The peak of {first.strategy.name} comes in {peak.phase}, at {place}:", highlight=False)
@@ -128,6 +132,16 @@ def print_one(group: Group, kinds: Sequence[GpuSpec], shares: Efficiencies | Non
     for setting, assessment in zip(settings, assessments, strict=True):
         for line in _advice(setting, assessment):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _encoders_line(config: RunConfig) -> str:
+    """Says which frozen encoders run in a step and which are read instead, as the times take it."""
+    kept = kept_encoders(config)
+    parts = [
+        f"{component.value} {f'is read from {config.data.encoded}' if component in kept else 'runs in every step'}"
+        for component in frozen_encoders(config)
+    ]
+    return f"Frozen encoders: {', '.join(parts) or 'none'}."
 
 
 def _strategy_table(planner: Planner, settings: Sequence[Setting], assessments: Sequence[Assessment | None]) -> Table:

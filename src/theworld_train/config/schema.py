@@ -261,6 +261,9 @@ class DataSection(Section):
     """Files whose lines name samples to leave out, `{"id": ...}` each, such as a run's `quarantine.jsonl`."""
     num_workers: NonNegativeInt = 2
     """Processes per rank that decode and tokenise."""
+    encoded: Path | None = None
+    """Directory that `theworld-train encode` fills with what frozen encoders make of images and clips. Training reads
+    it and encodes what it does not hold, each picture alone; if absent, whole micro-batches are encoded."""
 
 
 OptimizerName = Literal["adamw", "adamw_8bit"]

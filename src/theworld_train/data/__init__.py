@@ -18,6 +18,7 @@ from theworld_train.data.loader import (
 from theworld_train.data.mixture import MixedSource, MixtureOrder, parts_of
 from theworld_train.data.order import Order, TrainingOrder, accumulation_steps
 from theworld_train.data.source import ExcludedSampleError, MediaError, Sample, Source, UnreadableSampleError
+from theworld_train.data.workers import in_workers
 
 __all__ = [
     "Batching",
@@ -39,6 +40,7 @@ __all__ = [
     "check_budget",
     "each_sample",
     "evaluation_batches",
+    "in_workers",
     "measure_lengths",
     "open_source",
     "read_exclusions",

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from theworld_train.batch import IGNORE_INDEX, Batch, EncodedSample, Encoder
+from theworld_train.accounting.tokens import clip_frames
+from theworld_train.batch import IGNORE_INDEX, Batch, EncodedSample, Encoder, KnownEncodings
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import TooLong
 from theworld_train.data.budget import fit_to_budget
@@ -31,6 +32,7 @@ class Collator:
         padding_side: Literal["left", "right"] = "right",
         *,
         too_long: TooLong = "trim-text",
+        known: KnownEncodings | None = None,
     ) -> None:
         """Creates a collator.
 
@@ -39,11 +41,17 @@ class Collator:
             max_length: Tokens that a sample may have, image and world tokens included.
             padding_side: Side on which shorter samples are padded.
             too_long: What becomes of a longer one; see `data.too_long`.
+            known: What frozen encoders have made of images and clips before.
         """
         self.too_long = too_long
         self.encoder = encoder
         self.max_length = max_length
         self.padding_side = padding_side
+        self.known = known
+
+    def knowing(self, known: KnownEncodings | None) -> Collator:
+        """Returns a collator that hands on what frozen encoders have made before."""
+        return Collator(self.encoder, self.max_length, self.padding_side, too_long=self.too_long, known=known)
 
     def encode(self, sample: Sample) -> EncodedSample | None:
         """Encodes one sample; returns None if it does not fit or would have nothing to learn from.
@@ -67,7 +75,7 @@ class Collator:
             UnreadableSampleError: If the encoder refuses it.
         """
         try:
-            return self.encoder.encode(sample.messages, world=sample.world)
+            return self.encoder.encode(sample.messages, world=sample.world, known=self.known)
         except ValueError as error:
             raise UnreadableSampleError(sample.id, str(error)) from error
 
@@ -101,6 +109,10 @@ class Collator:
         samples, encoded = zip(*pairs, strict=True)
         pixel_values = [item.pixel_values for item in encoded if item.pixel_values is not None]
         world_frames = [frames for item in encoded for frames in item.world_frames]
+        image_states = [states for item in encoded for states in item.image_states]
+        world_latents = [latents for item in encoded for latents in item.world_latents]
+        known_images = [states for states in image_states if states is not None]
+        known_blocks = [latents for latents in world_latents if latents is not None]
         packed = len(pairs) > len(rows)
         return Batch(
             input_ids=self._pad(rows, lambda item, _: item.input_ids, self.encoder.pad_token_id),
@@ -109,10 +121,14 @@ class Collator:
             labels=self._pad(rows, _labels, IGNORE_INDEX),
             pixel_values=torch.cat(pixel_values) if pixel_values else None,
             world_frames=torch.cat(world_frames) if world_frames else None,
-            world_frame_counts=tuple(frames.shape[0] for frames in world_frames),
+            world_frame_counts=_frame_counts(world_frames, world_latents),
             sample_ids=tuple(sample.id for sample in samples),
             kinds=tuple(sample.kind for sample in samples),
             position_ids=self._pad(rows, lambda item, _: torch.arange(len(item.input_ids)), 0) if packed else None,
+            image_states=torch.cat(known_images) if known_images else None,
+            images_known=tuple(states is not None for states in image_states),
+            world_latents=torch.cat(known_blocks) if known_blocks else None,
+            blocks_known=tuple(latents is not None for latents in world_latents),
         )
 
     def _pad(
@@ -131,3 +147,16 @@ def _labels(item: EncodedSample, place: int) -> Tensor:
     if place:
         labels[0] = IGNORE_INDEX
     return labels
+
+
+def _frame_counts(unknown: Sequence[Tensor], latents: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Returns the frames of each world block.
+
+    Args:
+        unknown: The frames of the blocks that are not known.
+        latents: For each block what is known of it, or None; empty if blocks have not been looked up.
+    """
+    if not latents:
+        return tuple(frames.shape[0] for frames in unknown)
+    rest = iter(unknown)
+    return tuple(next(rest).shape[0] if known is None else clip_frames(known.shape[0]) for known in latents)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from theworld_train.config.errors import ConfigError
 from theworld_train.data.collator import Collator
 from theworld_train.data.source import Source, UnreadableSampleError
-from theworld_train.data.workers import end_workers, start_worker
+from theworld_train.data.workers import in_workers
 
 #: Samples that a worker takes before it hands on what it has found.
 CHUNK = 256
@@ -58,22 +59,11 @@ def each_sample(
         ConfigError: If the function does.
     """
     chunks = [indices[start : start + CHUNK] for start in range(0, len(indices), CHUNK)]
-    loader: DataLoader[list[T] | ConfigError] = DataLoader(
-        _Chunks(function),
-        batch_size=None,
-        sampler=chunks,
-        num_workers=min(num_workers, len(chunks)),
-        worker_init_fn=start_worker,
-        collate_fn=_identity,
-    )
-    iterator = iter(loader)
-    try:
-        for results in iterator:
+    with closing(in_workers(_Chunks(function), chunks, min(num_workers, len(chunks)))) as found:
+        for results in found:
             if isinstance(results, ConfigError):
                 raise results
             yield results
-    finally:
-        end_workers(iterator)
 
 
 class _Length:
@@ -100,7 +90,3 @@ class _Chunks(Dataset[list[T] | ConfigError], Generic[T]):
             return [self._function(index) for index in indices]
         except ConfigError as error:
             return error  # as a value: the loader would wrap it in a worker's traceback
-
-
-def _identity(results: T) -> T:
-    return results

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from theworld_train.batch import Batch
+from theworld_train.batch import Batch, FlatBatch
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.batching import Batching, MicroBatch, Place
 from theworld_train.data.collator import Collator, Encoded
 from theworld_train.data.order import EvaluationSlot, Order, evaluation_micro_batches
 from theworld_train.data.source import ExcludedSampleError, Source, UnreadableSampleError
-from theworld_train.data.workers import end_workers, start_worker
+from theworld_train.data.workers import in_workers
 
 #: Samples in a row that may turn out unusable before the run stops.
 MAX_REPLACEMENTS = 1000
@@ -199,13 +199,13 @@ class _Loaded:
     each sample of the batch, the one that was due there and those that failed in its stead; mostly none.
     """
 
-    batch: Batch | None
+    flat: FlatBatch | None
     dropped: tuple[tuple[Dropped, ...], ...] = ()
     trimmed: int = 0
     error: ConfigError | None = None
 
     def pin_memory(self) -> _Loaded:
-        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
+        return self if self.flat is None else replace(self, flat=self.flat.pin_memory())
 
 
 class _MicroBatches(Dataset[_Loaded]):
@@ -231,7 +231,7 @@ class _MicroBatches(Dataset[_Loaded]):
                 loaded[-1].append(pair)
                 dropped.append(before)
         trimmed = sum(encoded.trimmed > 0 for row in loaded for _, encoded in row)
-        return _Loaded(self._collator.collate(loaded), tuple(dropped), trimmed)
+        return _Loaded(self._collator.collate(loaded).flatten(), tuple(dropped), trimmed)
 
     def _usable(self, place: Place) -> tuple[Encoded, tuple[Dropped, ...]]:
         """Returns the first usable sample from a place's index on that fits its room, and the unusable before it."""
@@ -260,32 +260,19 @@ def _load(
     source: Source, collator: Collator, requests: Iterable[MicroBatch], num_workers: int, pin_memory: bool
 ) -> Generator[_Loaded, None, None]:
     """Yields one loaded micro-batch for each request, in order, and ends the workers whatever happens."""
-    loader: DataLoader[_Loaded] = DataLoader(
-        _MicroBatches(source, collator),
-        batch_size=None,
-        sampler=requests,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        worker_init_fn=start_worker,
-        pin_memory=pin_memory,
-        # A generator of its own: the loader would otherwise draw from the global one, which belongs to the model.
-        generator=torch.Generator(),
-    )
-    iterator = iter(loader)
-    try:
-        for loaded in iterator:
+    dataset = _MicroBatches(source, collator)
+    with closing(in_workers(dataset, requests, num_workers, pin_memory=pin_memory)) as batches:
+        for loaded in batches:
             if loaded.error is not None:
                 raise loaded.error
             yield loaded
-    finally:
-        end_workers(iterator)
 
 
 def _windows(loaded: Generator[_Loaded, None, None], requests: _TrainingRequests) -> Generator[Window, None, None]:
     try:
         for step in requests.steps:
             parts = [next(loaded) for _ in requests.of(step)]
-            batches = tuple(part.batch for part in parts if part.batch is not None)
+            batches = tuple(part.flat.batch() for part in parts if part.flat is not None)
             dropped = tuple(sample for part in parts for place in part.dropped for sample in place)
             yield Window(step, batches, dropped, sum(part.trimmed for part in parts), requests.order.shares(step))
     finally:
@@ -297,15 +284,11 @@ def _evaluations(
 ) -> Generator[EvaluationBatch, None, None]:
     try:
         for part, batch_slots in zip(loaded, slots, strict=True):
-            assert part.batch is not None
+            assert part.flat is not None
             places = list(zip(batch_slots, part.dropped, strict=True))
             counted = tuple(slot.counted and not dropped for slot, dropped in places)
             # Only the first is missed here: those that failed in its stead have places of their own.
             missed = tuple(dropped[0] for slot, dropped in places if slot.counted and dropped)
-            yield EvaluationBatch(part.batch, counted, missed)
+            yield EvaluationBatch(part.flat.batch(), counted, missed)
     finally:
         loaded.close()
-
-
-def _identity(loaded: object) -> object:
-    return loaded

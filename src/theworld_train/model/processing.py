@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from theworld_train.accounting.tokens import world_tokens
-from theworld_train.batch import Blank, EncodedSample
+from theworld_train.batch import Blank, EncodedSample, Known, KnownEncodings
+from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 
 START_OF_WORLD, WORLD, END_OF_WORLD = "<start_of_world>", "<world>", "<end_of_world>"
@@ -59,8 +61,10 @@ CHAT_TEMPLATE = """\
 #: How a template marks the text that the model has to generate; `add_generation_prompt` alone does not.
 _MARKS_GENERATED_TEXT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-#: An image, or a clip as a sequence of images in time order whose last one is the present; or a blank for either.
-Visual = Image.Image | Sequence[Image.Image] | Blank
+#: An image, or a clip as a sequence of images in time order whose last one is the present.
+Loaded = Image.Image | Sequence[Image.Image]
+#: The same, or a blank in its place.
+Visual = Loaded | Blank
 #: What `__call__` takes: one image, the images of one text, or for each text its images and clips.
 Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Visual]] | None
 
@@ -147,7 +151,12 @@ class TheWorldProcessor(Gemma3Processor):
     # -- conversations ----------------------------------------------------------------------------------------------
 
     def encode(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, world: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        world: bool = True,
+        known: KnownEncodings | None = None,
     ) -> EncodedSample:
         """Encodes one conversation.
 
@@ -156,6 +165,7 @@ class TheWorldProcessor(Gemma3Processor):
                 list of them under `video`, or both a `Blank`, and then there are no pixels.
             add_generation_prompt: Whether to end with the opening of an assistant turn.
             world: Whether to write world blocks, if the processor has them at all.
+            known: What encoders have made of images and clips before; pixels are made of the others alone.
 
         Returns:
             Tokens and pixels; the text of assistant turns and the token that ends each are supervised.
@@ -175,7 +185,7 @@ class TheWorldProcessor(Gemma3Processor):
         except TemplateError as error:
             raise ValueError(f"the conversation cannot be rendered: {error}") from error
         (text,), (spans,) = rendered
-        return self._encode_text(text, collect_visuals(messages), spans, world=world)
+        return self._encode_text(text, collect_visuals(messages), spans, world=world, known=known or {})
 
     def _check_text(self, messages: Sequence[dict[str, Any]]) -> None:
         """Refuses text that would be read as a placeholder or as the structure of a turn."""
@@ -190,7 +200,13 @@ class TheWorldProcessor(Gemma3Processor):
                     raise ValueError(f"the text contains the reserved token {found[0]}: {text[:80]!r}")
 
     def _encode_text(
-        self, text: str, visuals: Sequence[Visual], spans: Sequence[tuple[int, int]] = (), *, world: bool = True
+        self,
+        text: str,
+        visuals: Sequence[Visual],
+        spans: Sequence[tuple[int, int]] = (),
+        *,
+        world: bool = True,
+        known: KnownEncodings = MappingProxyType({}),
     ) -> EncodedSample:
         """Tokenises rendered text piece by piece, so that supervision and visual blocks fall on exact tokens."""
         world = world and self.enable_world
@@ -207,10 +223,13 @@ class TheWorldProcessor(Gemma3Processor):
             pieces.append((self.tokenizer(expanded, add_special_tokens=False)["input_ids"], supervised))
         input_ids = torch.tensor([token for ids, _ in pieces for token in ids], dtype=torch.int64)
         flags = [flag for ids, flag in pieces for _ in ids]
+        loaded = [visual for visual in visuals if not isinstance(visual, Blank)]
+        images: Sequence[Image.Image] = [_present(visual) for visual in loaded]
+        image_states, images = _look_up(known.get(Component.VISION_TOWER), images, lambda image: [image])
+        clips: Sequence[Loaded] = loaded if world else ()
+        world_latents, clips = _look_up(known.get(Component.WORLD_ENCODER), clips, _frames)
         pixel_values = None
-        seen = [visual for visual in visuals if not isinstance(visual, Blank)]
-        if seen:
-            images = [_present(visual) for visual in seen]
+        if images:
             pixel_values = torch.as_tensor(np.stack(self.image_processor(images, return_tensors=None)["pixel_values"]))
         return EncodedSample(
             input_ids=input_ids,
@@ -218,8 +237,10 @@ class TheWorldProcessor(Gemma3Processor):
             supervised=torch.tensor(flags, dtype=torch.bool),
             indivisible=self._indivisible(input_ids),
             pixel_values=pixel_values,
-            world_frames=tuple(self._fit_frames(visual) for visual in seen) if world else (),
+            world_frames=tuple(self._fit_frames(visual) for visual in clips),
             world_tokens=sum(self._num_world_tokens(visual) for visual in visuals) if world else 0,
+            image_states=image_states,
+            world_latents=world_latents,
         )
 
     def _expand(self, text: str, visuals: Sequence[Visual], world: bool) -> tuple[str, int]:
@@ -243,10 +264,9 @@ class TheWorldProcessor(Gemma3Processor):
             ids += self.tokenizer.convert_tokens_to_ids(list(WORLD_TOKENS))
         return torch.isin(input_ids, torch.tensor(ids))
 
-    def _fit_frames(self, visual: Image.Image | Sequence[Image.Image]) -> Tensor:
+    def _fit_frames(self, visual: Loaded) -> Tensor:
         """Returns the frames of an image or clip as `(frames, 3, resolution, resolution)` in [-1, 1]."""
-        frames = [visual] if isinstance(visual, Image.Image) else list(visual)
-        fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in frames]
+        fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in _frames(visual)]
         return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
     # -- the idioms of transformers ---------------------------------------------------------------------------------
@@ -378,7 +398,24 @@ def _num_frames(visual: Visual) -> int:
     return 1 if isinstance(visual, Image.Image) else len(visual)
 
 
-def _present(visual: Image.Image | Sequence[Image.Image]) -> Image.Image:
+V = TypeVar("V", bound=Loaded)
+
+
+def _look_up(
+    known: Known | None, visuals: Sequence[V], frames_of: Callable[[V], Sequence[Image.Image]]
+) -> tuple[tuple[Tensor | None, ...], Sequence[V]]:
+    """Returns what is known of each visual, and those that are not known; nothing and all if none is looked up."""
+    if known is None:
+        return (), visuals
+    found = tuple(known.find(frames_of(visual)) for visual in visuals)
+    return found, [visual for visual, there in zip(visuals, found, strict=True) if there is None]
+
+
+def _frames(visual: Loaded) -> Sequence[Image.Image]:
+    return [visual] if isinstance(visual, Image.Image) else visual
+
+
+def _present(visual: Loaded) -> Image.Image:
     """The frame that the vision tower sees: the image, or the last frame of the clip, in RGB."""
     frame = visual if isinstance(visual, Image.Image) else visual[-1]
     return frame if frame.mode == "RGB" else frame.convert("RGB")

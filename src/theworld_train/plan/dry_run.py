@@ -6,13 +6,14 @@ import gc
 import math
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from theworld_train.accounting.tokens import latent_frames
+from theworld_train.assemble.encoded import frozen_encoders
 from theworld_train.assemble.inputs import open_inputs
 from theworld_train.assemble.model import build_stage, describe_model
 from theworld_train.batch import IGNORE_INDEX, Batch
@@ -238,6 +239,16 @@ def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch: 
     )
 
 
+def _looked_up(batch: Batch, config: RunConfig) -> Batch:
+    """Marks pictures as looked up and missing if a run looks them up: those are encoded one by one."""
+    if config.data.encoded is None:
+        return batch
+    frozen, blocks = frozen_encoders(config), len(batch.world_frame_counts)
+    images = batch.num_images if Component.VISION_TOWER in frozen else 0
+    blocks = blocks if Component.WORLD_ENCODER in frozen else 0
+    return replace(batch, images_known=(False,) * images, blocks_known=(False,) * blocks)
+
+
 # -- the step ---------------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +331,7 @@ def dry_run(
         materialise(model, torch.bfloat16)
         if device == "cuda":
             stack.enter_context(cuda_semantics())
-        batch = synthetic_batch(architecture, shape, size)
+        batch = _looked_up(synthetic_batch(architecture, shape, size), config)
         return trace_steps(config, model, (batch,), shape, steps=steps, device=device, gathering=gathering)
 
 

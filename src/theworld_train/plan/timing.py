@@ -10,6 +10,7 @@ from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, 
 from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
 from theworld_train.accounting.pieces import Attention
 from theworld_train.accounting.step_time import RunTime, StepTime, run_time, step_time
+from theworld_train.assemble.encoded import kept_encoders
 from theworld_train.assemble.model import describe_model
 from theworld_train.config.schema import RunConfig
 from theworld_train.plan.advice import Setting
@@ -89,6 +90,7 @@ def planned_work(config: RunConfig, dry: DryRun, setting: Setting) -> StepWork:
             chunk_size=training.loss_chunk_size,
             precision="fp32" if config.precision == "fp32" else "bf16",
             world_encoder_precision="bf16" if config.model.world.encoder_dtype == "bfloat16" else "fp32",
+            cached=kept_encoders(config),
             optimizer_shards=1 if setting.strategy.name == "ddp" else setting.ranks,
             adapters={
                 component: sum(p.numel for p in dry.parameters if p.trains and p.component == component)

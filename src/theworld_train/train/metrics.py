@@ -74,6 +74,8 @@ class Resources:
         device: What they computed on, such as `NVIDIA H100 80GB HBM3` or `cpu`.
         positions: Tokens of the longest micro-batch, padding included.
         supervised: Supervised tokens of the micro-batch that had most, for each of its samples.
+        data_wait: Share of the time of steps that the main rank has waited for data, without the first ones; None if
+            there were none.
     """
 
     peak_bytes: int
@@ -82,6 +84,7 @@ class Resources:
     device: str
     positions: int
     supervised: int
+    data_wait: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def resources_row(taken: Resources, forecast: Forecast | None) -> dict[str, floa
     }
     if taken.step_s is not None:
         row["time/step_s"] = taken.step_s
+    if taken.data_wait is not None:
+        row["time/data_wait_share"] = taken.data_wait
     if forecast is None:
         return row
     row["memory/planned_bytes"] = forecast.peak_bytes
@@ -130,6 +135,8 @@ def resources_line(taken: Resources, forecast: Forecast) -> str:
     line += f"; step {taken.step_s:.2f} s"
     if forecast.step_s is not None:
         line += f", {forecast.step_s.best:.2f}-{forecast.step_s.worst:.2f} planned"
+    if taken.data_wait is not None:
+        line += f"; {taken.data_wait:.1%} of the time waiting for data"
     return line
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,12 +107,10 @@ class StageModule(nn.Module):
         """Runs the frozen encoders over a batch, without a graph."""
         trains_vision = Component.VISION_TOWER in self.trainable
         trains_world = Component.WORLD_ENCODER in self.trainable
-        image_states = latents = None
-        with torch.no_grad(), self._autocast(batch.input_ids.device):
-            if batch.pixel_values is not None and not trains_vision:
-                image_states = self.model.encode_images(batch.pixel_values)
-            if batch.world_frames is not None and not trains_world:
-                latents = self.model.encode_world(batch.world_frames, batch.world_frame_counts)
+        assert not (trains_vision and batch.images_known), "what trains is encoded anew in every step"
+        assert not (trains_world and batch.blocks_known), "what trains is encoded anew in every step"
+        image_states = None if trains_vision else self._image_states(batch)
+        latents = None if trains_world else self._world_latents(batch)
         return Features(
             image_states=image_states,
             pixel_values=batch.pixel_values if trains_vision else None,
@@ -120,6 +118,48 @@ class StageModule(nn.Module):
             world_frames=batch.world_frames if trains_world else None,
             frame_counts=batch.world_frame_counts,
         )
+
+    @torch.no_grad()
+    def encode_alone(self, component: Component, pixels: Tensor) -> Tensor:
+        """Runs a frozen encoder over a single image or clip; what it makes does not depend on other samples.
+
+        Args:
+            component: The encoder.
+            pixels: `(frames, 3, height, width)` of the image (one frame) or clip, as a batch holds it.
+
+        Returns:
+            `(1, patches, vision hidden size)`, or `(latent frames, channels, height / 8, width / 8)`; contiguous.
+        """
+        with self._autocast(pixels.device):
+            if component is Component.VISION_TOWER:
+                return self.model.encode_images(pixels).contiguous()
+            return self.model.encode_world(pixels, (len(pixels),)).contiguous()
+
+    @torch.no_grad()
+    def _image_states(self, batch: Batch) -> Tensor | None:
+        pixels = batch.pixel_values
+        if batch.images_known:
+            known = () if batch.image_states is None else batch.image_states.split(1)
+            unknown = () if pixels is None else pixels.split(1)
+            return _in_order(batch.images_known, known, (self.encode_alone(Component.VISION_TOWER, p) for p in unknown))
+        if pixels is None:
+            return None
+        with self._autocast(pixels.device):
+            return self.model.encode_images(pixels)
+
+    @torch.no_grad()
+    def _world_latents(self, batch: Batch) -> Tensor | None:
+        frames, counts, flags = batch.world_frames, batch.world_frame_counts, batch.blocks_known
+        if flags:
+            known = [latent_frames(count) for count, there in zip(counts, flags, strict=True) if there]
+            unknown = [count for count, there in zip(counts, flags, strict=True) if not there]
+            kept = () if batch.world_latents is None else batch.world_latents.split(known)
+            blocks = () if frames is None else frames.split(unknown)
+            return _in_order(flags, kept, (self.encode_alone(Component.WORLD_ENCODER, block) for block in blocks))
+        if frames is None:
+            return None
+        with self._autocast(frames.device):
+            return self.model.encode_world(frames, counts)
 
     # -- inside of the engine ---------------------------------------------------------------------------------------
 
@@ -212,3 +252,9 @@ class StageModule(nn.Module):
             frames = frames.detach().requires_grad_()
         with torch.set_grad_enabled(trains):
             return self.model.encode_world(frames, counts)
+
+
+def _in_order(flags: Sequence[bool], known: Iterable[Tensor], made: Iterable[Tensor]) -> Tensor:
+    """Returns what is known and what has been made now, in the order of the batch; `flags` tells which is which."""
+    known, made = iter(known), iter(made)
+    return torch.cat([next(known) if there else next(made) for there in flags])

@@ -48,6 +48,7 @@ class StepResult:
         padding: Share of the positions computed that are padding.
         inputs: What the window held: text always, images, world blocks.
         clips_seen: Whether one of the world blocks had several frames.
+        encoded_read: Share of the images and world blocks looked up in `data.encoded` that were there; None without.
         dropped: Samples of all ranks that others have replaced.
         trimmed: Samples whose end was cut off.
         shares: Of a mixture, the share of each part in what has been drawn so far.
@@ -61,6 +62,7 @@ class StepResult:
     padding: float
     inputs: frozenset[Input]
     clips_seen: bool
+    encoded_read: float | None
     dropped: tuple[Dropped, ...]
     trimmed: int
     shares: Mapping[str, float]
@@ -80,6 +82,8 @@ class _Totals:
     positions: int
     dropped: int
     trimmed: int
+    looked_up: int
+    read: int
     inputs: frozenset[Input]
     longest: int
     chunks: tuple[int, ...]
@@ -167,6 +171,7 @@ class Trainer:
         evaluation: EvaluationResult | None = None
         saved = self._first_step
         times: list[float] = []
+        waits: list[float] = []
         if self._metrics is not None:
             layout = {"ranks": self._runtime.world_size, "device": self._runtime.device_name}
             self._metrics.write("start", self._first_step, layout)
@@ -190,6 +195,7 @@ class Trainer:
                     check = check if check.pending else None
                 seconds = time.perf_counter() - started
                 times.append(seconds - waited)
+                waits.append(waited)
                 self._quarantine.take(result.dropped, done)
                 self._report(done, result, seconds, waited, self._suspects(window, result))
                 # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
@@ -201,7 +207,7 @@ class Trainer:
                     evaluation = self._evaluate(done)
                 started = time.perf_counter()
         self._finish_saving(self._max_steps)
-        resources = self._resources(times)
+        resources = self._resources(times, waits)
         if check is not None and self._first_step < self._max_steps:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
         if evaluation is None:
@@ -250,6 +256,7 @@ class Trainer:
             padding=1 - totals.tokens / totals.positions,
             inputs=totals.inputs,
             clips_seen=totals.longest > 1,
+            encoded_read=totals.read / totals.looked_up if totals.looked_up else None,
             dropped=self._gather_dropped(window) if totals.dropped else (),
             trimmed=totals.trimmed,
             shares=window.shares,
@@ -279,14 +286,15 @@ class Trainer:
                 sum(batch.input_ids.numel() for batch in batches),
                 len(window.dropped) if isinstance(window, Window) else 0,
                 window.trimmed if isinstance(window, Window) else 0,
-                any(batch.pixel_values is not None for batch in batches),
+                sum(len(batch.images_known) + len(batch.blocks_known) for batch in batches),
+                sum(sum(batch.images_known) + sum(batch.blocks_known) for batch in batches),
+                any(batch.num_images for batch in batches),
                 max((max(batch.world_frame_counts, default=0) for batch in batches), default=0),
                 *(num_chunks(number, self._stage.chunk_size) for number in own),
             ]
         )
-        failed, stopped, supervised, tokens, positions, dropped, trimmed, images, longest, *chunks = zip(
-            *ranks, strict=True
-        )
+        failed, stopped, supervised, tokens, positions, dropped, trimmed, *rest = zip(*ranks, strict=True)
+        looked_up, read, images, longest, *chunks = rest
         if any(failed):
             self._runtime.raise_failures(window if isinstance(window, Exception) else None)
         assert isinstance(window, Window)
@@ -299,6 +307,8 @@ class Trainer:
             positions=int(sum(positions)),
             dropped=int(sum(dropped)),
             trimmed=int(sum(trimmed)),
+            looked_up=int(sum(looked_up)),
+            read=int(sum(read)),
             inputs=frozenset(name for name, there in seen.items() if there),
             longest=int(max(longest)),
             chunks=tuple(int(max(numbers)) for numbers in chunks),
@@ -346,6 +356,8 @@ class Trainer:
             "time/data_wait_s": waited,
         } | {f"lr/{name}": rate for name, rate in result.rates.items()}
         values |= {f"data/share/{name}": share for name, share in result.shares.items()}
+        if result.encoded_read is not None:
+            values["data/encoded_read"] = result.encoded_read
         if self._metrics is not None:
             dropped = [vars(item) for item in result.dropped]
             row = {**values, "loss_hex": result.loss.hex(), "dropped": dropped}
@@ -362,13 +374,13 @@ class Trainer:
             self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
         self._guard.count(skipped=result.skipped, step=done, sample_ids=suspects)
 
-    def _resources(self, times: Sequence[float]) -> Resources | None:
-        """Returns what the steps have taken, given their seconds; every rank calls it."""
+    def _resources(self, times: Sequence[float], waits: Sequence[float]) -> Resources | None:
+        """Returns what the steps have taken, given their seconds and those of waiting for data; every rank calls it."""
         if not times:
             return None
         ranks = self._runtime.exchange([self._runtime.memory_peak(), self._longest, self._most_supervised])
         peak, longest, supervised = (int(max(values)) for values in zip(*ranks, strict=True))
-        settled = times[WARM_UP_STEPS:]
+        settled, waited = times[WARM_UP_STEPS:], sum(waits[WARM_UP_STEPS:])
         return Resources(
             peak_bytes=peak,
             step_s=statistics.median(settled) if settled else None,
@@ -376,6 +388,7 @@ class Trainer:
             device=self._runtime.device_name,
             positions=longest,
             supervised=supervised,
+            data_wait=waited / (sum(settled) + waited) if settled else None,
         )
 
     def _evaluate(self, done: int) -> EvaluationResult | None:

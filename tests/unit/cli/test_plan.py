@@ -34,9 +34,12 @@ def tiny_run(tiny: TinyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_is_planned_as_a_table(call: Call, tiny_run: str):
-    code, out, _ = call("plan", tiny_run, "--gpu", "h100-80gb")
+    Path("kept/world_encoder-key").mkdir(parents=True)
+    Path("kept/world_encoder-key/entries.safetensors").touch()
+    code, out, _ = call("plan", tiny_run, "data.encoded=kept", "--gpu", "h100-80gb")
     assert code == 0
     assert "fits" in out
+    assert "Frozen encoders: vision_tower runs in every step, world_encoder is read from kept." in out
     assert "The peak of ddp comes in" in out
     assert "language_model" in out
 
@@ -52,6 +55,7 @@ def test_json_says_what_the_table_says(call: Call, tiny_run: str):
     assert {row["strategy"] for row in rows if row["gpus"] == 2} == {"ddp", "zero1", "zero2", "zero3", "fsdp2"}
     for row in rows:
         assert row["verdict"] == "fits"
+        assert row["encoders_read"] == []
         assert row["largest_micro_batch"] == 4 // row["gpus"]
         assert (
             sum(row["peak"]["by_category"].values()) == row["peak_bytes"] == sum(row["peak"]["by_component"].values())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from theworld_train.batch import Blank, EncodedSample
+from theworld_train.batch import Blank, EncodedSample, KnownEncodings
 from theworld_train.config.errors import Problem
 from theworld_train.data import Sample, UnreadableSampleError
 
@@ -27,7 +27,12 @@ class FakeEncoder:
     pad_token_id: int = 7
 
     def encode(
-        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False, world: bool = True
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        world: bool = True,
+        known: KnownEncodings | None = None,
     ) -> EncodedSample:
         ids: list[int] = []
         types: list[int] = []

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.unit.data.conftest import FakeSource
-from theworld_train.batch import Batch, Encoder
+from theworld_train.batch import Batch, Encoder, FlatBatch
 from theworld_train.config.errors import ConfigError
 from theworld_train.data import (
     Batching,
@@ -190,12 +190,12 @@ def test_a_signal_to_the_whole_job_does_not_kill_the_workers(fake_source: Source
 def test_pinning_keeps_what_comes_with_a_batch(
     fake_source: Sources, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pinned: list[Batch] = []
-    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    pinned: list[FlatBatch] = []
+    monkeypatch.setattr(FlatBatch, "pin_memory", lambda batch: pinned.append(batch) or batch)
     source = fake_source(4, unreadable=frozenset({1}))
     loaded = _MicroBatches(source, Collator(encoder, 50))[((Place(0, 50),), (Place(1, 50),))]
     assert loaded.pin_memory() == loaded
-    assert pinned == [loaded.batch]
+    assert pinned == [loaded.flat]
     failed = _MicroBatches(fake_source(1, long=frozenset({0})), Collator(encoder, 50))[((Place(0, 50),),)]
     assert failed.pin_memory() is failed
 

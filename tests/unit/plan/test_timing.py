@@ -53,6 +53,20 @@ def test_recomputation_costs_time():
     assert planned("projection").step.seconds.expected > 1.2 * plain.step.seconds.expected
 
 
+def test_encoder_whose_work_is_read_costs_nothing(tmp_path: Path):
+    key = {"data.encoded": str(tmp_path)}
+    whole = planned("projection").step
+    assert planned("projection", **key).step == whole, "an empty directory saves nothing"
+    for name in ("world_encoder-key", "vision_tower-key"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "entries.safetensors").touch()
+    read = planned("projection", **key).step
+    assert read.phases.get("encode", 0.0) == 0.0
+    assert read.seconds.expected == pytest.approx(whole.seconds.expected - whole.phases["encode"], rel=1e-6)
+    full = planned("full", **key).step
+    assert full == planned("full").step, "what trains is never read"
+
+
 def test_ranks_share_the_global_batch_and_exchange():
     alone, eight = planned("projection"), planned("projection", ranks=8)
     assert alone.step.communication == 0

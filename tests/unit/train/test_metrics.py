@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from theworld_train.train.metrics import MetricsFile, ProgressDisplay, missing_trackers, read_metrics
+from theworld_train.train.metrics import (
+    Forecast,
+    MetricsFile,
+    ProgressDisplay,
+    Resources,
+    missing_trackers,
+    read_metrics,
+    resources_line,
+    resources_row,
+)
 
 
 def write(path: Path, first_step: int, steps: range) -> None:
@@ -89,3 +98,9 @@ def test_tracker_whose_package_is_missing_is_told_how_to_install_it(monkeypatch:
     (problem,) = missing_trackers(("tensorboard", "wandb"))
     assert (problem.key, problem.value) == ("tracking.trackers", "wandb")
     assert problem.hint == "pip install 'theworld-train[wandb]'"
+
+
+def test_waiting_for_data_is_told_beside_the_step():
+    taken = Resources(2**30, step_s=0.5, ranks=1, device="gpu", positions=8, supervised=1, data_wait=0.0123)
+    assert resources_line(taken, Forecast(2**30, None)).endswith("; step 0.50 s; 1.2% of the time waiting for data")
+    assert resources_row(taken, None)["time/data_wait_share"] == 0.0123
