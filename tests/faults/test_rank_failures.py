@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.config import dump_config, parse_run_config
+from theworld_train.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,9 +34,14 @@ def write_rows(path: Path, images: int, damaged: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def told(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[str]]]:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the runs."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def told(tiny: TinyCheckpoint, root: Path) -> list[dict[str, list[str]]]:
     """What each rank was told, by case; all cases run in one process group, so one that hangs fails them all."""
-    root = tmp_path_factory.mktemp("ranks")
     for rank in (0, 1):
         write_rows(root / f"whole-{rank}.jsonl", 8)
         write_rows(root / f"damaged-{rank}.jsonl", 8, damaged=8 * rank)
@@ -46,7 +52,7 @@ def told(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> list
         "loader": {"data": {"train": {"source": "jsonl", "path": str(root / "damaged-{rank}.jsonl")}}},
         "evaluation": {"data": {"eval": {"source": "jsonl", "path": str(root / "damaged-{rank}.jsonl")}}},
         "save": {},
-        "save_behind": {"checkpoint": {"every_steps": 1, "background": True}, "training": {"max_steps": 9}},
+        "save_behind": {"checkpoint": {"every_steps": 8, "background": True}, "training": {"max_steps": 16}},
         "checkpoints": {"output_dir": str(root / "seen-{rank}"), "resume": "latest", "training": {"max_steps": 3}},
         "last": {},
     }
@@ -105,6 +111,12 @@ def test_checkpoint_that_cannot_be_written(case: str, told: list[dict[str, list[
     assert main == "OSError"
     assert "No space left" in main_text
     assert (other, other_text) == ("ConfigError", f"rank 0: OSError: {main_text}")
+
+
+def test_run_ends_at_once_with_a_checkpoint_that_is_written_behind(told: list[dict[str, list[str]]], root: Path):
+    assert told
+    steps = [row["step"] for row in read_metrics(root / "save_behind" / "metrics.jsonl", "train")]
+    assert 8 <= steps[-1] < 16, "and not only when the next one is due"
 
 
 def test_checkpoint_that_one_rank_does_not_see(told: list[dict[str, list[str]]]):
