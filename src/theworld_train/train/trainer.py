@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -179,7 +180,7 @@ class Trainer:
         self._stage.set_training_modes()
         started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
-        with self._stop.listening(), closing(windows):
+        with self._stop.listening(), closing(windows), _old_objects_left_alone():
             for done in range(self._first_step + 1, self._max_steps + 1):
                 self._runtime.enter("loading samples", done)
                 window, error = take(windows)
@@ -431,6 +432,16 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self._progress is not None:
             self._progress.say(text)
+
+
+@contextmanager
+def _old_objects_left_alone() -> Generator[None]:
+    """Spares what is there before the first step Python's search for cycles, which would halt a step in its midst."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _sample_ids(window: Window) -> tuple[str, ...]:
