@@ -20,7 +20,7 @@ import torch
 from measuring import table, write_record
 from PIL import Image
 
-from theworld_train.config.schema import JsonlSource, MovingDigitsSource
+from theworld_train.config.sources import JsonlSource, MovingDigitsSource
 from theworld_train.data import (
     Batching,
     Collator,

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, Gemma3ForConditionalGeneration, Gemma3Pr
 
 from theworld_train.batch import Batch
 from theworld_train.config import dump_config, parse_run_config
-from theworld_train.config.schema import MovingDigitsSource, RunConfig
+from theworld_train.config.schema import RunConfig
+from theworld_train.config.sources import MovingDigitsSource
 from theworld_train.data import Collator, open_source
 from theworld_train.data.moving_digits import WORDS, MovingDigits
 from theworld_train.model import TheWorld, TheWorldProcessor

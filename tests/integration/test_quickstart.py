@@ -92,7 +92,7 @@ def test_running_again_runs_nothing_again(workplace: Path) -> None:
 
 
 def test_checkpoint_answers_a_question(workplace: Path) -> None:
-    from theworld_train.config.schema import MovingDigitsSource
+    from theworld_train.config.sources import MovingDigitsSource
     from theworld_train.data.moving_digits import MovingDigits
 
     sample = MovingDigits(MovingDigitsSource(source="moving_digits", split="eval", samples=2))[0]

@@ -20,7 +20,8 @@ from theworld_train.assemble import run, steps
 from theworld_train.assemble.inputs import Inputs, open_inputs
 from theworld_train.assemble.model import LoadedModel, load_model
 from theworld_train.config import load_run_config
-from theworld_train.config.schema import MovingDigitsSource, RunConfig
+from theworld_train.config.schema import RunConfig
+from theworld_train.config.sources import MovingDigitsSource
 from theworld_train.data import Batching, Window, training_batches
 from theworld_train.data.moving_digits import WORDS, MovingDigits
 from theworld_train.model import TheWorld

@@ -131,8 +131,8 @@ def test_json_examples_are_rows(page: Path):
 def test_examples_pass_the_check_of_a_file(tmp_path: Path):
     from PIL import Image
 
-    from theworld_train.config.schema import JsonlSource
-    from theworld_train.data.jsonl import JsonlConversations
+    from theworld_train.config.sources import JsonlSource
+    from theworld_train.data import open_source
     from theworld_train.data.video import missing_decoder
 
     examples = list(rows(DATA))
@@ -148,7 +148,7 @@ def test_examples_pass_the_check_of_a_file(tmp_path: Path):
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in examples))
 
-    source = JsonlConversations(JsonlSource(source="jsonl", path=str(data)))
+    source = open_source(JsonlSource(source="jsonl", path=str(data)))
 
     decoder = missing_decoder(str(data))
     assert [problem for problem in source.check() if problem != decoder] == []

@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import RunConfig, frames_of
+from theworld_train.config.schema import RunConfig
+from theworld_train.config.sources import frames_of
 from theworld_train.data import (
     Collator,
     ExcludingSource,

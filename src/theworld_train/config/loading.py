@@ -23,7 +23,8 @@ from theworld_train.config.layers import (
 )
 from theworld_train.config.outline import outline_of
 from theworld_train.config.reading import IMPLICIT_SCALARS
-from theworld_train.config.schema import PipelineConfig, RunConfig, Section
+from theworld_train.config.schema import PipelineConfig, RunConfig
+from theworld_train.config.section import Section
 from theworld_train.config.translation import add_problems
 
 ConfigT = TypeVar("ConfigT", bound=Section)

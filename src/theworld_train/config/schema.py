@@ -4,36 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from theworld_train.config.components import Component
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # what numpy's generators take
-Name = Annotated[
-    str,
-    Field(
-        # A directory is named after it, which `..` would lead out of.
-        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$",
-        # What errors say instead of the pattern.
-        json_schema_extra={
-            "x-expected": "1 to 64 letters, digits, dots, underscores and hyphens, with no dot at the front"
-        },
-    ),
-]
-Path = Annotated[str, Field(min_length=1)]
-Repository = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and strict about unknown keys and about types."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+from theworld_train.config.section import (
+    BelowOne,
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Path,
+    PositiveFloat,
+    PositiveInt,
+    Repository,
+    Section,
+    Seed,
+)
+from theworld_train.config.sources import Source, TrainingData, frames_of
 
 
 class WorldConfig(Section):
@@ -109,134 +96,6 @@ class TrainableComponent(Section):
         if idle and self.adapter is None:
             raise ValueError(f"{', '.join(idle)} describe an adapter: set adapter: lora too")
         return self
-
-
-class JsonlSource(Section):
-    """Conversations in a JSONL file, a line each, with media paths relative to the file."""
-
-    source: Literal["jsonl"]
-    """Selects this kind of source."""
-    path: Path
-    """The JSONL file."""
-    max_video_frames: PositiveInt = 9
-    """Frames taken from a clip, evenly spaced and ending in its last frame; 1 + 4k of them."""
-
-    @model_validator(mode="after")
-    def _check_frames(self) -> JsonlSource:
-        if (self.max_video_frames - 1) % 4:
-            raise ValueError(
-                f"max_video_frames must be 1 + 4k, as the VAE compresses time by 4, got {self.max_video_frames}"
-            )
-        return self
-
-
-class HubSource(Section):
-    """A Hugging Face dataset whose rows hold `messages` and `images`, in the chat template's format."""
-
-    source: Literal["hub"]
-    """Selects this kind of source."""
-    id: Repository
-    """Dataset id on the hub, or a directory written by `save_to_disk`."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit) of the dataset."""
-    config_name: str | None = None
-    """Configuration of the dataset, for datasets that have several."""
-    split: str = "train"
-    """Split to read; slices such as `train[:1%]` work."""
-
-
-class MovingDigitsSource(Section):
-    """Handwritten digits that move over a canvas, with questions on which digit and which way."""
-
-    source: Literal["moving_digits"]
-    """Selects this kind of source."""
-    split: Literal["train", "eval"]
-    """Which scans are used: the held-out digits appear in `eval` alone."""
-    samples: PositiveInt
-    """Number of samples."""
-    questions: tuple[Literal["direction", "digit"], ...] = ("direction", "digit")
-    """Kinds of question, taken in turn."""
-    frames: PositiveInt = 9
-    """Frames of a clip, 1 + 4k."""
-    canvas: Annotated[int, Field(ge=16, le=4096)] = 64
-    """Side of the canvas in pixels; a digit takes half of it, and its scan has 8."""
-    speed: PositiveInt = 6
-    """Pixels that the digit moves between two frames."""
-    grid: PositiveInt = 16
-    """In the last frame the digit stands at multiples of so many pixels; a small vision tower wants its patch size."""
-    plain_share: Fraction = 0.0
-    """Share of the digit questions that come without world tokens, so that the model learns to answer without them."""
-    seed: Seed = 0
-    """Seed of everything that is drawn: scan, place, direction and question."""
-
-    @model_validator(mode="after")
-    def _check_clip(self) -> MovingDigitsSource:
-        if (self.frames - 1) % 4:
-            raise ValueError(f"frames must be 1 + 4k, as the VAE compresses time by 4, got {self.frames}")
-        if not self.questions:
-            raise ValueError("questions must name at least one kind")
-        return self
-
-
-AnySource = JsonlSource | HubSource | MovingDigitsSource
-Source = Annotated[AnySource, Field(discriminator="source")]
-
-
-class MixturePart(Section):
-    """One source of a mixture."""
-
-    data: Source
-    """Its samples."""
-    weight: PositiveFloat | None = None
-    """Its share of what is drawn, relative to the other parts'; stated for all parts or for none."""
-    max_epochs: PositiveFloat | None = None
-    """Passes over its samples after which it gives no more; its weight then goes to the others."""
-
-
-class MixtureSource(Section):
-    """Several sources, drawn from in fixed shares."""
-
-    source: Literal["mixture"]
-    """Selects this kind of source."""
-    parts: dict[Name, MixturePart] = Field(min_length=1)
-    """The sources by names of your choice."""
-    temperature: PositiveFloat = 1.0
-    """Without weights, a part's share goes with its size to the power 1 / temperature: 1 draws all samples alike, and
-    the higher it is, the more alike are the parts."""
-
-    @model_validator(mode="after")
-    def _check_weights(self) -> MixtureSource:
-        given = [name for name, part in self.parts.items() if part.weight is not None]
-        if given and len(given) < len(self.parts):
-            missing = ", ".join(name for name in self.parts if name not in given)
-            raise ValueError(f"weight is stated for all parts or for none; missing: {missing}")
-        if given and self.temperature != 1.0:
-            raise ValueError("temperature makes weights of sizes, and the parts state theirs: remove one of them")
-        return self
-
-
-TrainingData = Annotated[AnySource | MixtureSource, Field(discriminator="source")]
-
-
-def leaf_sources(data: AnySource | MixtureSource | None, key: str) -> dict[str, AnySource]:
-    """Returns the sources of which data consist, by their dotted keys.
-
-    Args:
-        data: What `data.train` or `data.eval` holds.
-        key: That key.
-    """
-    if isinstance(data, MixtureSource):
-        return {f"{key}.parts.{name}.data": part.data for name, part in data.parts.items()}
-    return {} if data is None else {key: data}
-
-
-def frames_of(source: AnySource | MixtureSource | None) -> int:
-    """Returns the most frames that a clip of a source has; 1 if it holds images alone."""
-    if isinstance(source, MixtureSource):
-        return max(frames_of(part.data) for part in source.parts.values())
-    if isinstance(source, JsonlSource):
-        return source.max_video_frames
-    return source.frames if isinstance(source, MovingDigitsSource) else 1
 
 
 TooLong = Literal["trim-text", "drop", "error"]
@@ -580,7 +439,7 @@ class PipelineStage(Section):
 
     config: Path
     """Run config, relative to the pipeline file."""
-    overrides: dict[str, object] = {}
+    overrides: dict[str, object] = {}  # noqa: RUF012 (pydantic copies defaults)
     """Dotted keys of the run config and their values."""
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from theworld_train.config.schema import AnySource, HubSource, JsonlSource, MixtureSource
+from theworld_train.config.sources import (
+    ClipsSource,
+    FileSource,
+    HubSource,
+    MixtureSource,
+    SourceSection,
+    WebDatasetSource,
+)
 from theworld_train.data.batching import Batching
 from theworld_train.data.collator import Collator
 from theworld_train.data.exclusion import ExcludingSource, read_exclusions
@@ -49,29 +56,37 @@ __all__ = [
 ]
 
 
-def open_source(config: AnySource | MixtureSource) -> Source:
+def open_source(config: SourceSection | MixtureSource) -> Source:
     """Opens the source that a section of the run config describes.
 
     Raises:
         ConfigError: If it is missing or empty.
     """
-    # Each kind is imported when it is asked for: two of them need large packages that the others do without.
+    # Each kind is imported when it is asked for: some of them need large packages that the others do without.
     if isinstance(config, MixtureSource):
         return MixedSource({name: open_source(part.data) for name, part in config.parts.items()})
-    if isinstance(config, JsonlSource):
-        from theworld_train.data.jsonl import JsonlConversations
+    if isinstance(config, FileSource):
+        from theworld_train.data.files import open_file
 
-        return JsonlConversations(config)
+        return open_file(config)
+    if isinstance(config, WebDatasetSource):
+        from theworld_train.data.webdataset import open_shards
+
+        return open_shards(config)
+    if isinstance(config, ClipsSource):
+        from theworld_train.data.clips import open_clips
+
+        return open_clips(config)
     if isinstance(config, HubSource):
-        from theworld_train.data.hub import HubConversations
+        from theworld_train.data.hub import open_hub
 
-        return HubConversations(config)
+        return open_hub(config)
     from theworld_train.data.moving_digits import MovingDigits
 
     return MovingDigits(config)
 
 
-def training_order(config: AnySource | MixtureSource, source: Source, seed: int, global_batch_size: int) -> Order:
+def training_order(config: SourceSection | MixtureSource, source: Source, seed: int, global_batch_size: int) -> Order:
     """Returns the order in which training takes the samples of a source.
 
     Args:

@@ -149,7 +149,7 @@ class _RowParser:
 
     def _messages(self, row: dict[str, Any]) -> tuple[Message, ...]:
         if "messages" not in row:
-            hint = "convert 'conversations' to 'messages' with 'role' and 'content'" if "conversations" in row else None
+            hint = "source: llava and source: sharegpt read 'conversations'" if "conversations" in row else None
             self._report("messages", "the row has no 'messages'", hint=hint or did_you_mean("messages", list(row)))
             return ()
         messages = row["messages"]

@@ -1,20 +1,45 @@
-"""Finds and loads the media that a row names; a row reaches nothing outside the directory of its own file."""
+"""Finds and loads the media that a row names; a row reaches nothing outside of one directory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from theworld_train.batch import Blank
-from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.errors import Problem
 from theworld_train.data.conversation import Conversation, ImagePart, TextPart, VideoPart
-from theworld_train.data.images import open_image
-from theworld_train.data.video import FRAME_SUFFIXES, clip_length, frame_files, read_clip, read_frames, select_frames
+from theworld_train.data.formats import Adapted
+from theworld_train.data.images import decode_image, open_image
+from theworld_train.data.video import (
+    FRAME_SUFFIXES,
+    WHOLE_CLIP,
+    Timing,
+    clip_length,
+    frame_files,
+    read_clip,
+    read_frames,
+    select_frames,
+)
 
 MISSING = "no such file"
+NO_FRAME_RATE = "the clip does not tell its frame rate"
+NO_PATHS = "paths have no meaning in a dataset, whose media are its 'images'"
+NO_BYTES = "the image has no bytes"
+#: How to mend what is wrong with a medium.
+HINTS = {
+    MISSING: "paths are relative to the media root, the data file's directory unless media_root is set",
+    NO_FRAME_RATE: "set directory_fps",
+    NO_PATHS: "use a part with an 'index'; for videos, use a source of kind 'jsonl'",
+    NO_BYTES: "save the dataset with its images embedded",
+}
+
+
+class RefusedPathError(ValueError):
+    """Raised for a path that a row may not name; the message is for users."""
 
 
 def locate(root: Path, name: object) -> Path:
@@ -24,82 +49,145 @@ def locate(root: Path, name: object) -> Path:
     file from elsewhere must not be able to read the rest of the disk or to reach the network.
 
     Args:
-        root: Directory of the data file, resolved.
+        root: Directory that it must not leave, resolved: that of the data file unless the config names another.
         name: Path relative to it.
 
     Raises:
-        ValueError: If the path is refused; the message is for users.
+        RefusedPathError: If the path is refused; the message is for users.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError("a medium is named by its path")
+        raise RefusedPathError("a medium is named by its path")
     if "://" in name or name.startswith("data:"):
-        raise ValueError("media are files; nothing is fetched while training")
+        raise RefusedPathError("media are files; nothing is fetched while training")
     if "\0" in name:
-        raise ValueError("the path holds a null character")
+        raise RefusedPathError("the path holds a null character")
     if Path(name).is_absolute():
-        raise ValueError(f"media paths are relative to the data file's directory, {root}")
+        raise RefusedPathError(f"media paths are relative to the media root, {root}")
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(f"the path leaves the data file's directory, {root}")
+        raise RefusedPathError(f"the path leaves the media root, {root}")
     return path
 
 
-def check_media(conversation: Conversation, root: Path, source: str) -> Iterator[Problem]:
-    """Yields a problem for each medium of a row that is refused or missing; opens none of them."""
-    for part in conversation.media():
-        for name, message in _media_problems(part, conversation, root):
-            yield Problem(message, source=source, key=part.key, value=name, hint=_hint(message))
+@dataclass(frozen=True)
+class Media:
+    """Where the media of a source are, and how its clips are read.
 
-
-def load_messages(conversation: Conversation, root: Path, max_video_frames: int, source: str) -> list[dict[str, Any]]:
-    """Loads the media of a row whose images are paths.
-
-    Args:
-        conversation: The parsed row.
-        root: Directory of the data file, resolved.
-        max_video_frames: Frames taken from a clip.
-        source: Names the row in errors.
-
-    Returns:
-        Messages in the chat template's format.
-
-    Raises:
-        MediaError: If a medium is damaged or has gone missing.
-        ConfigError: If a path is refused.
+    Attributes:
+        root: Directory that paths are relative to, resolved; None if the rows hold their images themselves, and paths
+            are refused.
+        max_video_frames: Most frames taken from a clip.
+        timing: Which stretch of a clip they come from.
     """
 
-    def image(part: ImagePart) -> Image.Image:
-        return open_image(_path(root, _image_name(part, conversation), source))
+    root: Path | None
+    max_video_frames: int = 1
+    timing: Timing = WHOLE_CLIP
 
-    def video(part: VideoPart) -> list[Image.Image]:
-        if part.frames:
-            return read_frames([_path(root, name, source) for name in part.frames], max_video_frames)
-        return read_clip(_path(root, part.path, source), max_video_frames)
+    def check(self, conversation: Conversation, source: str) -> Iterator[Problem]:
+        """Yields a problem for each medium of a row that is refused or missing; opens none of them.
 
-    return build_messages(conversation, image, video)
+        Args:
+            conversation: The parsed row.
+            source: Names the row in problems.
+        """
+        for part in conversation.media():
+            for name, message in self._problems(part, conversation):
+                yield Problem(message, source=source, key=part.key, value=name, hint=HINTS.get(message))
+
+    def load(self, conversation: Conversation, adapted: Adapted) -> list[dict[str, Any]]:
+        """Loads the media of a row.
+
+        Args:
+            conversation: The parsed row.
+            adapted: What it was parsed from, which names its fields and may retouch its images.
+
+        Returns:
+            Messages in the chat template's format.
+
+        Raises:
+            MediaError: If a medium is damaged or has gone missing.
+            RefusedPathError: If a path is refused.
+        """
+
+        def image(part: ImagePart) -> Image.Image:
+            entry = _image_entry(part, conversation)
+            data = embedded(entry)
+            name = adapted.own_key(part.key)
+            loaded = open_image(self._locate(entry)) if data is None else decode_image(data, name)
+            return loaded if adapted.retouch is None else adapted.retouch(loaded)
+
+        def video(part: VideoPart) -> list[Image.Image]:
+            if part.frames:
+                paths = [self._locate(name) for name in part.frames]
+                return read_frames(paths, self.max_video_frames, timing=self.timing)
+            return read_clip(self._locate(part.path), self.max_video_frames, self.timing)
+
+        return build_messages(conversation, image, video)
+
+    def outline(self, conversation: Conversation) -> list[dict[str, Any]]:
+        """Renders a row with blanks for its media; of clips, only video files are opened, to count their frames.
+
+        Raises:
+            MediaError: If a video file is damaged or has gone missing.
+            RefusedPathError: If a path is refused.
+        """
+
+        def video(part: VideoPart) -> Blank:
+            timing, most = self.timing, self.max_video_frames
+            if part.frames:
+                return Blank(len(select_frames(len(part.frames), most, timing, timing.directory_fps)))
+            return Blank(clip_length(self._locate(part.path), most, timing))
+
+        return build_messages(conversation, lambda _: Blank(), video)
+
+    def holds_video_file(self, conversation: Conversation) -> bool:
+        """Whether a row whose media were checked needs the package that decodes video files."""
+        videos = (part for part in conversation.media() if isinstance(part, VideoPart))
+        return any(video.path is not None and self._locate(video.path).is_file() for video in videos)
+
+    def _locate(self, entry: object) -> Path:
+        """Returns the path of a medium, which an image may hold beside the bytes that it lacks."""
+        name = entry.get("path") if isinstance(entry, dict) else entry
+        if self.root is None:
+            raise RefusedPathError(NO_PATHS if name else NO_BYTES)
+        return locate(self.root, name)
+
+    def _problems(self, part: ImagePart | VideoPart, conversation: Conversation) -> Iterator[tuple[object, str]]:
+        """Yields the name and the message of each problem of one part."""
+        if isinstance(part, ImagePart):
+            entry = _image_entry(part, conversation)
+            names: tuple[object, ...] = () if embedded(entry) is not None else (entry,)
+        else:
+            names = part.frames if part.path is None else (part.path,)
+        is_clip = isinstance(part, VideoPart) and part.path is not None
+        for name in names:
+            message = self._file_problem(name, is_clip)
+            if message is not None:
+                yield name, message
+        if isinstance(part, VideoPart) and part.frames and self._lacks_frame_rate:
+            yield None, NO_FRAME_RATE
+
+    def _file_problem(self, entry: object, is_clip: bool) -> str | None:
+        try:
+            path = self._locate(entry)
+        except RefusedPathError as error:
+            return str(error)
+        if is_clip and path.is_dir():
+            if not frame_files(path):
+                return f"the directory holds no frames ({', '.join(FRAME_SUFFIXES)})"
+            return NO_FRAME_RATE if self._lacks_frame_rate else None
+        return None if path.is_file() else MISSING
+
+    @property
+    def _lacks_frame_rate(self) -> bool:
+        return self.timing.is_needed and self.timing.directory_fps is None
 
 
-def outline_messages(
-    conversation: Conversation, root: Path, max_video_frames: int, source: str
-) -> list[dict[str, Any]]:
-    """Renders a row with blanks for its media; of clips, only video files are opened, to count their frames.
-
-    Arguments and errors are those of `load_messages`.
-    """
-
-    def video(part: VideoPart) -> Blank:
-        if part.frames:
-            return Blank(len(select_frames(len(part.frames), max_video_frames)))
-        return Blank(clip_length(_path(root, part.path, source), max_video_frames))
-
-    return build_messages(conversation, lambda _: Blank(), video)
-
-
-def _path(root: Path, name: object, source: str) -> Path:
-    try:
-        return locate(root, name)
-    except ValueError as error:
-        raise ConfigError(Problem(str(error), source=source, value=name)) from None
+def embedded(entry: object) -> bytes | None:
+    """Returns the bytes of an image that a row holds itself, or None if it names a file."""
+    data = entry.get("bytes") if isinstance(entry, dict) else entry
+    return data if isinstance(data, bytes) else None
 
 
 def build_messages(
@@ -119,38 +207,9 @@ def build_messages(
     return [{"role": m.role, "content": [content(part) for part in m.parts]} for m in conversation.messages]
 
 
-def _media_problems(
-    part: ImagePart | VideoPart, conversation: Conversation, root: Path
-) -> Iterator[tuple[object, str]]:
-    """Yields the name and the message of each problem of one part."""
-    if isinstance(part, ImagePart):
-        names: tuple[object, ...] = (_image_name(part, conversation),)
-    else:
-        names = part.frames if part.path is None else (part.path,)
-    for name in names:
-        message = _file_problem(name, root, isinstance(part, VideoPart) and part.path is not None)
-        if message is not None:
-            yield name, message
-
-
-def _image_name(part: ImagePart, conversation: Conversation) -> object:
+def _image_entry(part: ImagePart, conversation: Conversation) -> object:
     if part.path is not None:
         return part.path
     assert part.index is not None
-    image: object = conversation.images[part.index]
-    return image
-
-
-def _file_problem(name: object, root: Path, is_clip: bool) -> str | None:
-    try:
-        path = locate(root, name)
-    except ValueError as error:
-        return str(error)
-    if is_clip and path.is_dir():
-        suffixes = ", ".join(FRAME_SUFFIXES)
-        return None if frame_files(path) else f"the directory holds no frames ({suffixes})"
-    return None if path.is_file() else MISSING
-
-
-def _hint(message: str) -> str | None:
-    return "paths are relative to the data file's directory" if message == MISSING else None
+    entry: object = conversation.images[part.index]
+    return entry

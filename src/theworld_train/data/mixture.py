@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import MixtureSource
+from theworld_train.config.sources import MixtureSource
 from theworld_train.data.order import permutation
 from theworld_train.data.source import Sample, Source, UnreadableSampleError
 

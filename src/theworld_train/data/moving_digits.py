@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 
 from theworld_train.batch import Blank
 from theworld_train.config.errors import Problem
-from theworld_train.config.schema import MovingDigitsSource
+from theworld_train.config.sources import MovingDigitsSource
 from theworld_train.data.source import Sample
 
 #: Direction of the motion and its step in (x, y) pixels; y grows downwards.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +25,33 @@ FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 CONTAINERS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpeg", "mpegts", "gif")
 
 
-def select_frames(available: int, max_frames: int) -> list[int]:
+@dataclass(frozen=True)
+class Timing:
+    """Which stretch of a clip its frames are taken from, by time; at most one of the first two is set.
+
+    Attributes:
+        window_s: The last so many seconds; the whole clip if None.
+        sample_fps: So many frames a second, counted back from the last one; as many as fit if None.
+        directory_fps: Frames a second of clips whose frames are single images; None if unknown.
+    """
+
+    window_s: float | None = None
+    sample_fps: float | None = None
+    directory_fps: float | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether the frames of a clip depend on its frame rate."""
+        return self.window_s is not None or self.sample_fps is not None
+
+
+#: Frames from the whole clip, whatever its frame rate.
+WHOLE_CLIP = Timing()
+
+
+def select_frames(
+    available: int, max_frames: int, timing: Timing = WHOLE_CLIP, frame_rate: float | None = None
+) -> list[int]:
     """Returns the indices of the frames that are taken from a clip.
 
     Their number is the largest 1 + 4k that neither exceeds what there is nor what is asked for, since the video VAE
@@ -34,19 +61,38 @@ def select_frames(available: int, max_frames: int) -> list[int]:
     Args:
         available: Frames of the clip, at least 1.
         max_frames: Frames that are asked for, at least 1.
+        timing: Which stretch of the clip they come from.
+        frame_rate: Frames of the clip a second; needed if `timing` depends on it.
     """
-    intervals = (min(available, max_frames) - 1) // 4 * 4
+    if not timing.is_needed:
+        return _spread(0, available - 1, min(available, max_frames))
+    assert frame_rate is not None, "whoever asks for a stretch in seconds knows the frame rate"
+    if timing.window_s is not None:
+        # So many intervals reach back to the window's beginning; the tolerance is for products such as 0.3 s x 10 fps.
+        frames = min(available, 1 + int(timing.window_s * frame_rate + 1e-6))
+        return _spread(available - frames, available - 1, min(frames, max_frames))
+    assert timing.sample_fps is not None
+    stride = max(frame_rate / timing.sample_fps, 1.0)
+    frames = min(1 + int((available - 1) / stride + 1e-6), max_frames)
+    intervals = (frames - 1) // 4 * 4
+    return [available - 1 - round(i * stride) for i in range(intervals, -1, -1)]
+
+
+def _spread(first: int, last: int, most: int) -> list[int]:
+    """Returns the largest 1 + 4k of at most `most` indices, spread evenly from `first` to `last`."""
+    intervals = (most - 1) // 4 * 4
     if not intervals:
-        return [available - 1]
-    return [(2 * i * (available - 1) + intervals) // (2 * intervals) for i in range(intervals + 1)]
+        return [last]
+    return [first + (2 * i * (last - first) + intervals) // (2 * intervals) for i in range(intervals + 1)]
 
 
-def read_clip(path: Path, max_frames: int) -> list[Image.Image]:
+def read_clip(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> list[Image.Image]:
     """Reads a video file, or a directory whose images in name order are the frames.
 
     Args:
         path: File or directory.
         max_frames: Most frames to take.
+        timing: Which stretch of the clip they come from.
 
     Returns:
         The frames that `select_frames` names, in RGB and upright.
@@ -56,21 +102,22 @@ def read_clip(path: Path, max_frames: int) -> list[Image.Image]:
         ConfigError: If the package that decodes videos is missing.
     """
     if path.is_dir():
-        return read_frames(frame_files(path), max_frames, name=path)
+        return read_frames(frame_files(path), max_frames, path, timing)
     problem = missing_decoder(str(path))
     if problem is not None:
         raise ConfigError(problem)
     packets = _count_packets(path)
-    frames, decoded = _decode(path, select_frames(max(packets, 1), max_frames))
+    frame_rate = _frame_rate(path) if timing.is_needed else None
+    frames, decoded = _decode(path, select_frames(max(packets, 1), max_frames, timing, frame_rate))
     if decoded != packets:
         # Some packets hold no frame, or several; only decoding tells, and then the choice is made again.
         if not decoded:
             raise MediaError(f"{path}: the video holds no frames")
-        frames, _ = _decode(path, select_frames(decoded, max_frames))
+        frames, _ = _decode(path, select_frames(decoded, max_frames, timing, frame_rate))
     return frames
 
 
-def clip_length(path: Path, max_frames: int) -> int:
+def clip_length(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> int:
     """Returns the frames that `read_clip` takes; a video file is read for it, a directory only listed.
 
     Raises:
@@ -78,15 +125,17 @@ def clip_length(path: Path, max_frames: int) -> int:
         ConfigError: If the package that decodes videos is missing.
     """
     if path.is_dir() and (files := frame_files(path)):
-        return len(select_frames(len(files), max_frames))
-    return len(read_clip(path, max_frames))
+        return len(select_frames(len(files), max_frames, timing, timing.directory_fps))
+    return len(read_clip(path, max_frames, timing))
 
 
-def read_frames(paths: Sequence[Path], max_frames: int, name: Path | None = None) -> list[Image.Image]:
+def read_frames(
+    paths: Sequence[Path], max_frames: int, name: Path | None = None, timing: Timing = WHOLE_CLIP
+) -> list[Image.Image]:
     """Reads a clip whose frames are image files, in the order given; `name` names the clip in errors."""
     if not paths:
         raise MediaError(f"{name}: the directory holds no frames")
-    return [open_image(paths[index]) for index in select_frames(len(paths), max_frames)]
+    return [open_image(paths[i]) for i in select_frames(len(paths), max_frames, timing, timing.directory_fps)]
 
 
 def frame_files(directory: Path) -> list[Path]:
@@ -121,6 +170,15 @@ def _open(path: Path) -> InputContainer:
 def _count_packets(path: Path) -> int:
     with _damage(path), _open(path) as container:
         return sum(1 for packet in container.demux(video=0) if packet.size)
+
+
+def _frame_rate(path: Path) -> float:
+    """Returns the frames of a video a second, on average."""
+    with _damage(path), _open(path) as container:
+        rate = container.streams.video[0].average_rate
+    if not rate:
+        raise MediaError(f"{path}: the video does not tell its frame rate")
+    return float(rate)
 
 
 def _decode(path: Path, wanted: Collection[int]) -> tuple[list[Image.Image], int]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from theworld_train.checkpoint_files import COMPONENTS_FILE, checkpoint_step, read_record
 from theworld_train.config import load_run_config
-from theworld_train.config.schema import MixtureSource
+from theworld_train.config.sources import MixtureSource
 from theworld_train.train.metrics import read_metrics
 
 

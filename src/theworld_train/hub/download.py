@@ -10,7 +10,8 @@ from pathlib import Path
 import huggingface_hub
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import HubSource, RunConfig
+from theworld_train.config.schema import RunConfig
+from theworld_train.config.sources import HubSource
 from theworld_train.hub.cache import files, missing
 from theworld_train.hub.failures import explained
 from theworld_train.hub.lock import Kind, Lock, LockedDataset, LockedModel, is_commit, read_lock, wanted, write_lock

@@ -13,7 +13,8 @@ from huggingface_hub import constants
 
 from theworld_train.config.credentials import looks_secret
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import HubSource, RunConfig, leaf_sources
+from theworld_train.config.schema import RunConfig
+from theworld_train.config.sources import HubSource, leaf_sources
 from theworld_train.hub.lock import Kind, Lock, pinned_revision
 
 #: What a Gemma 3 checkpoint is loaded from. Formats that run code when they are opened are never downloaded.

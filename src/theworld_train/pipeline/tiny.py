@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from theworld_train.config.errors import ConfigError
-from theworld_train.config.schema import MovingDigitsSource
+from theworld_train.config.sources import MovingDigitsSource
 from theworld_train.data import open_source
 from theworld_train.data.moving_digits import WORDS
 from theworld_train.model.build import write_tiny

@@ -12,8 +12,9 @@ from theworld_train.accounting.gpus import GpuSpec
 from theworld_train.accounting.tokens import world_tokens
 from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
-from theworld_train.config.schema import GradientCheckpointing, Offload, RunConfig, frames_of
+from theworld_train.config.schema import GradientCheckpointing, Offload, RunConfig
 from theworld_train.config.schema import Strategy as StrategyName
+from theworld_train.config.sources import frames_of
 from theworld_train.memory.timeline import Peak, Timeline
 from theworld_train.plan.allocator import reserved_bytes
 from theworld_train.plan.dry_run import DeviceKind, DryRun, Gathering, dry_run

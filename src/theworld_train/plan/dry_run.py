@@ -19,7 +19,8 @@ from theworld_train.assemble.model import build_stage, describe_model
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import HubSource, OptimizerName, RunConfig, frames_of, leaf_sources
+from theworld_train.config.schema import OptimizerName, RunConfig
+from theworld_train.config.sources import HubSource, frames_of, leaf_sources
 from theworld_train.data import Window
 from theworld_train.memory.following import PhasedEngine, following
 from theworld_train.memory.timeline import CUDA_BLOCK, Timeline, spans

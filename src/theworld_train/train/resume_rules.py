@@ -36,6 +36,7 @@ RULES: dict[str, Rule] = {
     "data": "safe",
     "data.train": "forbidden",
     "data.train.path": "allowed",
+    "data.train.media_root": "allowed",
     "data.train.id": "allowed",
     "data.train.revision": "allowed",
     "data.max_sequence_length": "allowed",

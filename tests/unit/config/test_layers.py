@@ -116,7 +116,11 @@ def test_another_source_on_the_command_line_does_so_too_in_any_order(folder):
 
 def test_the_same_source_merges(write):
     config = load_run_config(write("data: {train: {source: jsonl, max_video_frames: 5}}"))
-    assert config.data.train.model_dump() == {"source": "jsonl", "path": "train.jsonl", "max_video_frames": 5}
+    assert config.data.train.model_dump(exclude_unset=True) == {
+        "source": "jsonl",
+        "path": "train.jsonl",
+        "max_video_frames": 5,
+    }
 
 
 class TestExpectTrainable:

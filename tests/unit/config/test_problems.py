@@ -6,6 +6,9 @@ import pytest
 
 from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_config, load_run_config
 
+SOURCES = "jsonl, parquet, llava, sharegpt, captions, vsr, spatialrgpt, webdataset, clips, hub, moving_digits"
+KEYS_OF_JSONL = "source, path, media_root, max_video_frames, window_s, sample_fps, directory_fps"
+
 
 @pytest.mark.parametrize(
     ("text", "key", "message", "hint"),
@@ -100,25 +103,37 @@ from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_co
         (
             "data: {train: train.jsonl}",
             "data.train",
-            "expected a mapping whose 'source' is one of jsonl, hub, moving_digits, mixture",
+            f"expected a mapping whose 'source' is one of {SOURCES}, mixture",
             None,
         ),
         (
             "data: {train: {source: jsnl}}",
             "data.train.source",
-            "expected one of jsonl, hub, moving_digits, mixture",
+            f"expected one of {SOURCES}, mixture",
             "did you mean 'jsonl'?",
         ),
         (
             "data: {eval: {path: x}}",
             "data.eval.source",
-            "is required but not stated, expected one of jsonl, hub, moving_digits",
+            f"is required but not stated, expected one of {SOURCES}",
             None,
         ),
         (
             "data: {eval: {source: jsonl}}",
             "data.eval.path",
             "is required but not stated, expected text that is not empty",
+            None,
+        ),
+        (
+            "data: {eval: {source: vsr, path: x, question: 'True or false?'}}",
+            "data.eval.question",
+            "expected a text that holds {caption}",
+            None,
+        ),
+        (
+            "data: {eval: {source: clips, path: x, questions: []}}",
+            "data.eval.questions",
+            "expected a list of text that is not empty of length 1 or more",
             None,
         ),
         (
@@ -236,7 +251,7 @@ def test_a_contradiction_of_the_whole_run_has_no_key(write, the_problem_of):
         ("stages: []", "stages", "a file with stages is a pipeline, not a run config"),
         ("optimizer.lr: 3", "optimizer.lr", "dotted keys are for the command line; in a file write nested mappings"),
         ("data: {train: {pth: x}}", "data.train.pth", "did you mean 'data.train.path'?"),
-        ("data: {train: {jsonl: x}}", "data.train.jsonl", "known: source, path, max_video_frames"),
+        ("data: {train: {jsonl: x}}", "data.train.jsonl", f"known: {KEYS_OF_JSONL}"),
         ("zzz: 1", "zzz", None),
     ],
 )

@@ -18,9 +18,9 @@ from PIL import Image
 
 from theworld_train.batch import Encoder
 from theworld_train.config.errors import ConfigError
-from theworld_train.config.schema import HubSource
-from theworld_train.data import UnreadableSampleError, open_source
-from theworld_train.data.hub import HubConversations, fetch_dataset
+from theworld_train.config.sources import HubSource
+from theworld_train.data import Source, UnreadableSampleError, open_source
+from theworld_train.data.hub import fetch_dataset
 
 PART = {"index": Value("int64"), "text": Value("string"), "type": Value("string")}
 #: The layout of HuggingFaceH4/llava-instruct-mix-vsft.
@@ -68,16 +68,17 @@ def save(tmp_path: Path) -> Callable[..., Path]:
 Save = Callable[..., Path]
 
 
-def read(path: Path | str, **fields: Any) -> HubConversations:
-    return HubConversations(HubSource(source="hub", id=str(path), **fields))
+def read(path: Path | str, **fields: Any) -> Source:
+    return open_source(HubSource(source="hub", id=str(path), **fields))
 
 
 def test_the_published_layout(save: Save) -> None:
-    source = read(save(ROWS))
+    path = save(ROWS)
+    source = read(path)
     assert len(source) == 3
     assert source.check() == []
     sample = source[1]
-    assert (sample.id, sample.kind) == (f"{source._name}:1", "all")
+    assert (sample.id, sample.kind) == (f"{path}:1", "all")
     user, assistant = sample.messages
     assert [part["type"] for part in user["content"]] == ["text", "image", "image"]
     assert [part["image"].getpixel((0, 0)) for part in user["content"][1:]] == [(0, 255, 0), (0, 0, 255)]
@@ -120,20 +121,22 @@ def test_the_check_names_rows_and_reads_no_image(save: Save, monkeypatch: pytest
     without_answer["messages"] = without_answer["messages"][:1]
     unused = row("q", "a", (0, 0, 0))
     unused["messages"][0]["content"].pop()
-    source = read(save([ROWS[0], without_answer, unused]))
+    path = save([ROWS[0], without_answer, unused])
+    source = read(path)
     monkeypatch.setattr(ImageFeature, "decode_example", None)
-    monkeypatch.setattr("theworld_train.data.hub.CHECK_ROWS", 2)
+    monkeypatch.setattr("theworld_train.data.arrow.BATCH", 2)
     first, second = (str(problem) for problem in source.check())
-    assert first.startswith(f"{source._name}:1: messages: no assistant turn")
-    assert second.startswith(f"{source._name}:2: images: images listed but unused: 0")
+    assert first.startswith(f"{path}:1: messages: no assistant turn")
+    assert second.startswith(f"{path}:2: images: images listed but unused: 0")
     with pytest.raises(ConfigError, match="without an answer"):
         source[1]
 
 
 def test_double_ids_are_refused(save: Save) -> None:
     rows = [{"id": name, **ROWS[2]} for name in ("a", "b", "a")]
-    (problem,) = read(save(rows, features=Features({"id": Value("string"), **FEATURES}))).check()
-    assert str(problem).endswith(":2: id: the id is already that of row 0 (got 'a')")
+    path = save(rows, features=Features({"id": Value("string"), **FEATURES}))
+    (problem,) = read(path).check()
+    assert str(problem) == f"{path}:2: id: the id is already that of {path}:0 (got 'a'); make it unique"
 
 
 def test_paths_are_refused(save: Save) -> None:
@@ -150,15 +153,18 @@ def test_paths_are_refused(save: Save) -> None:
         source[0]
 
 
-def test_images_that_are_paths_are_refused(tmp_path: Path, save: Save, write_image: Callable[..., Path]) -> None:
+def test_images_that_are_paths_are_refused(
+    save: Save, write_image: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = save(ROWS)
-    source = read(path)
     stored = datasets.List(ImageFeature(decode=False))
     foreign = {**ROWS[0], "images": [{"bytes": None, "path": str(write_image())}]}
-    source._dataset = Dataset.from_list([foreign], features=Features({**FEATURES, "images": stored}))
+    dataset = Dataset.from_list([foreign], features=Features({**FEATURES, "images": stored}))
+    monkeypatch.setattr("theworld_train.data.hub._open", lambda _: dataset)
+    source = read(path)
     (problem,) = source.check()
-    assert "images[0]: the image has no bytes" in str(problem)
-    with pytest.raises(UnreadableSampleError, match="image 0 is a path"):
+    assert "images[0]: paths have no meaning in a dataset" in str(problem)
+    with pytest.raises(ConfigError, match="paths have no meaning"):
         source[0]
 
 
@@ -168,7 +174,7 @@ def test_a_damaged_image_names_the_sample(save: Save) -> None:
     damaged = {**ROWS[0], "images": [{"bytes": buffer.getvalue()[:900], "path": None}]}
     source = read(save([damaged]))
     assert source.check() == []
-    with pytest.raises(UnreadableSampleError, match="image 0: the image is damaged") as caught:
+    with pytest.raises(UnreadableSampleError, match=r"images\[0\]: the image is damaged") as caught:
         source[0]
     assert caught.value.sample_id.endswith("saved:0")
 

@@ -12,16 +12,15 @@ import pytest
 from PIL import Image
 
 from theworld_train.config.errors import ConfigError
-from theworld_train.config.schema import JsonlSource
-from theworld_train.data import UnreadableSampleError, open_source
-from theworld_train.data.jsonl import JsonlConversations
+from theworld_train.config.sources import JsonlSource
+from theworld_train.data import Source, UnreadableSampleError, open_source
 
 Chat = Callable[..., dict[str, Any]]
 Write = Callable[..., Path]
 
 
-def read(path: Path, max_video_frames: int = 9) -> JsonlConversations:
-    return JsonlConversations(JsonlSource(source="jsonl", path=str(path), max_video_frames=max_video_frames))
+def read(path: Path, max_video_frames: int = 9) -> Source:
+    return open_source(JsonlSource(source="jsonl", path=str(path), max_video_frames=max_video_frames))
 
 
 def problems(path: Path) -> list[str]:
@@ -161,11 +160,11 @@ def test_a_medium_that_has_gone_since_the_check(write_jsonl: Write, write_image:
 
 
 ESCAPES = [
-    ("../secret.png", "leaves the data file's directory"),
-    ("a/../../secret.png", "leaves the data file's directory"),
-    ("/etc/hostname", "relative to the data file's directory"),
-    ("link.png", "leaves the data file's directory"),
-    ("folder/secret.png", "leaves the data file's directory"),
+    ("../secret.png", "leaves the media root"),
+    ("a/../../secret.png", "leaves the media root"),
+    ("/etc/hostname", "relative to the media root"),
+    ("link.png", "leaves the media root"),
+    ("folder/secret.png", "leaves the media root"),
     ("https://example.org/a.png", "nothing is fetched"),
     ("file:///etc/hostname", "nothing is fetched"),
     ("data:image/png;base64,AAAA", "nothing is fetched"),
@@ -254,16 +253,12 @@ def test_a_source_can_be_sent_to_a_worker(write_jsonl: Write, write_image: Write
     assert isinstance(again[0].messages[0]["content"][0]["image"], Image.Image)
 
 
-def test_open_source_knows_the_kind(write_jsonl: Write, chat: Chat) -> None:
-    assert isinstance(open_source(JsonlSource(source="jsonl", path=str(write_jsonl(chat())))), JsonlConversations)
-
-
 def test_a_row_can_do_without_world_tokens(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
     rows = [{"messages": messages}, {"messages": messages, "world": False}, {"messages": messages, "world": "no"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = JsonlConversations(JsonlSource(source="jsonl", path=str(path)))
+    source = read(path)
     assert [source[0].world, source[1].world] == [True, False]
     (problem,) = source.check()
     assert "rows.jsonl:3" in str(problem)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.config.errors import ConfigError
-from theworld_train.config.schema import JsonlSource, MovingDigitsSource
+from theworld_train.config.sources import JsonlSource, MovingDigitsSource
 from theworld_train.data import Collator, Source, measure_lengths, open_source
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from theworld_train.config.errors import ConfigError
-from theworld_train.config.schema import MixtureSource
+from theworld_train.config.sources import MixtureSource
 from theworld_train.data import UnreadableSampleError
 from theworld_train.data.mixture import BLOCK, MixedSource, MixtureOrder, Part, parts_of
 

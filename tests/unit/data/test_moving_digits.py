@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from theworld_train.config.schema import MovingDigitsSource
+from theworld_train.config.sources import MovingDigitsSource
 from theworld_train.data.moving_digits import DIRECTIONS, MovingDigits
 from theworld_train.data.source import Sample
 

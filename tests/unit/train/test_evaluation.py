@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.config.components import Component
-from theworld_train.config.schema import MovingDigitsSource, RunConfig
+from theworld_train.config.schema import RunConfig
+from theworld_train.config.sources import MovingDigitsSource
 from theworld_train.data import Collator, Dropped, EvaluationBatch, evaluation_batches, open_source
 from theworld_train.model import TheWorld
 from theworld_train.train.evaluation import TOTAL, EvaluationResult, EvaluationTally, evaluate, score

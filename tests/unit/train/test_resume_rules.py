@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from theworld_train.config import dump_config
 from theworld_train.config.errors import ConfigError
-from theworld_train.config.schema import HubSource, JsonlSource, MovingDigitsSource, RunConfig, TrainableComponent
+from theworld_train.config.schema import RunConfig, TrainableComponent
+from theworld_train.config.sources import HubSource, JsonlSource, MovingDigitsSource
 from theworld_train.train.resume_rules import RULES, check_changes, rule_of
 
 DIGITS = {"source": "moving_digits", "samples": 32}

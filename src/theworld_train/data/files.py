@@ -1,0 +1,95 @@
+"""Sources whose rows are a file: in which containers, in which format, and where their media are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.sources import (
+    CaptionsSource,
+    ClipRules,
+    FileSource,
+    JsonlSource,
+    LlavaSource,
+    ParquetSource,
+    ShareGptSource,
+    SpatialRgptSource,
+    VsrSource,
+)
+from theworld_train.data.conversations import Conversations
+from theworld_train.data.formats import LLAVA, SHAREGPT, CaptionFormat, Format, VsrFormat, own_format
+from theworld_train.data.media import Media
+from theworld_train.data.regions import RegionFormat
+from theworld_train.data.rows import Rows, existing_file, json_array, json_lines, tsv_lines
+from theworld_train.data.video import Timing
+
+TABLES = (".json", ".jsonl", ".parquet")
+
+
+def open_file(config: FileSource) -> Conversations:
+    """Opens a source whose rows are a file.
+
+    Raises:
+        ConfigError: If the file is missing, empty or of another kind, or there is no such media root.
+    """
+    path = existing_file(config.path, "a file of rows")
+    rows = _rows(config, path)
+    return Conversations(
+        rows, media_of(config, path.parent if config.media_root is None else _root(config)), _format(config)
+    )
+
+
+def media_of(config: FileSource | ClipRules, root: Path) -> Media:
+    """Returns where the media of a source are, and which frames of its clips are taken."""
+    if not isinstance(config, ClipRules):
+        return Media(root.resolve())
+    timing = Timing(config.window_s, config.sample_fps, config.directory_fps)
+    return Media(root.resolve(), config.max_video_frames, timing)
+
+
+def _root(config: FileSource) -> Path:
+    assert config.media_root is not None
+    root = Path(config.media_root)
+    if not root.is_dir():
+        raise ConfigError(Problem("no such directory", source=config.path, key="media_root", value=config.media_root))
+    return root
+
+
+def _rows(config: FileSource, path: Path) -> Rows:
+    # Our own two kinds are named after their container, whatever the file is called.
+    if isinstance(config, JsonlSource):
+        return json_lines(path)
+    if isinstance(config, ParquetSource):
+        return _parquet(path, own=True)
+    suffix = path.suffix.lower()
+    if suffix == ".json":
+        return json_array(path)
+    if suffix == ".jsonl":
+        return json_lines(path)
+    if suffix == ".parquet":
+        return _parquet(path)
+    if suffix == ".tsv" and isinstance(config, CaptionsSource):
+        return tsv_lines(path, (config.caption_field, config.image_field))
+    known = (*TABLES, ".tsv") if isinstance(config, CaptionsSource) else TABLES
+    message = f"rows of source: {config.source} are read from files named {', '.join(known)}"
+    raise ConfigError(Problem(message, source=config.path))
+
+
+def _parquet(path: Path, own: bool = False) -> Rows:
+    from theworld_train.data.arrow import OWN_COLUMNS, parquet_rows  # takes pyarrow along, which text files do without
+
+    return parquet_rows(path, OWN_COLUMNS if own else None)
+
+
+def _format(config: FileSource) -> Format:
+    if isinstance(config, LlavaSource):
+        return LLAVA
+    if isinstance(config, ShareGptSource):
+        return SHAREGPT
+    if isinstance(config, CaptionsSource):
+        return CaptionFormat(config.image_field, config.caption_field, config.questions)
+    if isinstance(config, VsrSource):
+        return VsrFormat(config.question)
+    if isinstance(config, SpatialRgptSource):
+        return RegionFormat(config.regions)
+    return own_format

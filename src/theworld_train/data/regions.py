@@ -1,0 +1,201 @@
+"""Conversations about regions of an image, in the format of SpatialRGPT's OpenSpatialDataset.
+
+A question names a region by `<mask> <depth>`, the n-th of a row standing for the n-th entry of `bbox` and `rle`; the
+answer calls the regions of its question `Region [0]`, `Region [1]` and so on, anew in every turn. A region comes back
+in several turns, as another entry with the same box. Here each box has one number throughout the conversation, so that
+text and picture agree.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from PIL import Image, ImageDraw, ImageFont
+
+from theworld_train.config.errors import Problem
+from theworld_train.data.formats import LLAVA, SPEAKERS, Adapted
+from theworld_train.data.source import MediaError
+
+#: Left, top, right and bottom, in pixels or as shares of the image's width and height.
+Box = tuple[float, float, float, float]
+
+MASK = re.compile(r"<mask>(?:\s*<depth>)?")
+MENTION = re.compile(r"\bRegion \[(\d+)\]")
+#: Coordinates in a text are thousandths of the image's width and height.
+TEXT_SCALE = 1000
+#: Colours of outlines, in turn: told apart from each other, and from most of what is photographed.
+COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45")
+#: Thickness of an outline, and height of its number, as shares of the image's shorter side.
+OUTLINE_SHARE, NUMBER_SHARE = 1 / 200, 1 / 24
+
+
+@dataclass(frozen=True)
+class RegionFormat:
+    """Turns such a row into a conversation about one image.
+
+    Attributes:
+        regions: `draw`: every region is outlined and numbered in the image; `text`: its box stands behind its name.
+    """
+
+    regions: Literal["draw", "text"]
+
+    def __call__(self, row: dict[str, Any], index: int) -> Adapted:
+        """Adapts a row."""
+        problems: list[Problem] = []
+        image = _image(row, problems)
+        boxes = _boxes(row, problems)
+        size = _size(row, problems)
+        if self.regions == "text" and size is None and not problems:
+            message = "regions: text needs the size of the image, which the masks tell"
+            problems.append(Problem(message, key="rle", hint="use regions: draw"))
+        numbers = {box: number for number, box in enumerate(dict.fromkeys(boxes))}
+        names = [f"Region [{numbers[box]}]" for box in boxes]
+        texts = names
+        if self.regions == "text" and size is not None:
+            texts = [f"{name} {_coordinates(box, size)}" for name, box in zip(names, boxes, strict=True)]
+        chat = _Renaming(names, texts).rename(row.get("conversations"), problems)
+        adapted = LLAVA({"conversations": chat, "image": image}, index)
+        adapted.keys["images[0]"] = "filename"
+        adapted.problems = problems + [replace(p, key="filename") if p.key == "image" else p for p in adapted.problems]
+        if self.regions == "draw" and numbers:
+            adapted.retouch = partial(draw_regions, boxes=tuple(numbers), size=size)
+        return adapted
+
+
+class _Renaming:
+    """Gives the regions in a conversation's texts their names, from the first to the last."""
+
+    def __init__(self, names: Sequence[str], texts: Sequence[str]) -> None:
+        """Args: names: of each `<mask>`, for answers; texts: what each `<mask>` is replaced by."""
+        self._names = names
+        self._texts = texts
+        self._asked: Sequence[str] = ()
+        self._used = 0
+
+    def rename(self, conversation: object, problems: list[Problem]) -> object:
+        """Returns the conversation with names in its texts; what is no conversation comes back as it is."""
+        if not isinstance(conversation, list):
+            return conversation
+        turns = [
+            self._turn(turn, f"conversations[{number}].value", problems) for number, turn in enumerate(conversation)
+        ]
+        if self._used != len(self._names) and not problems:
+            message = f"{len(self._names)} boxes for {self._used} <mask>: every <mask> has its own"
+            problems.append(Problem(message, key="bbox"))
+        return turns
+
+    def _turn(self, turn: object, key: str, problems: list[Problem]) -> object:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            return turn
+        text: str = turn["value"]
+        if SPEAKERS.get(str(turn.get("from"))) != "assistant":
+            first = self._used
+            text = MASK.sub(self._next, text)
+            self._asked = self._names[first : self._used]
+            return {**turn, "value": text}
+        for mention in MENTION.finditer(text):
+            if int(mention[1]) >= len(self._asked):
+                message = f"the answer speaks of {mention[0]}, and its question names {len(self._asked)} regions"
+                problems.append(Problem(message, key=key))
+                return turn
+        return {**turn, "value": MENTION.sub(lambda mention: self._asked[int(mention[1])], text)}
+
+    def _next(self, _: re.Match[str]) -> str:
+        self._used += 1
+        return self._texts[self._used - 1] if self._used <= len(self._texts) else "<mask>"
+
+
+def draw_regions(image: Image.Image, boxes: Sequence[Box], size: tuple[int, int] | None) -> Image.Image:
+    """Returns a copy of an image with an outline around each box, and its number, from 0, in the outline's corner.
+
+    Args:
+        image: The image, in RGB.
+        boxes: Boxes in the pixels of an image of `size`.
+        size: Height and width that the boxes refer to; those of the image if None.
+
+    Raises:
+        MediaError: If the image has another shape, or a box lies outside of it.
+    """
+    height, width = size or (image.height, image.width)
+    scale_x, scale_y = image.width / width, image.height / height
+    # A copy of another size has the same shape but for the rounding of its sides.
+    if abs(scale_x * height - image.height) > 2 * max(scale_x, 1):
+        raise MediaError(
+            f"the image has {image.width} x {image.height} pixels, and its regions are of {width} x {height}"
+        )
+    drawn = image.copy()
+    draw = ImageDraw.Draw(drawn)
+    side = min(image.size)
+    thickness = max(1, round(side * OUTLINE_SHARE))
+    font = ImageFont.load_default(max(8, round(side * NUMBER_SHARE)))
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        x0, y0 = max(left * scale_x, 0), max(top * scale_y, 0)
+        x1, y1 = min(right * scale_x, image.width - 1), min(bottom * scale_y, image.height - 1)
+        if x0 > x1 or y0 > y1:
+            raise MediaError(
+                f"region {number} lies outside of the image, which has {image.width} x {image.height} pixels"
+            )
+        color = COLORS[number % len(COLORS)]
+        draw.rectangle((x0, y0, x1, y1), outline=color, width=thickness)
+        corner = draw.textbbox((x0, y0), str(number), font=font)
+        draw.rectangle(corner, fill=color)
+        draw.text((x0, y0), str(number), fill="white", font=font)
+    return drawn
+
+
+def _image(row: dict[str, Any], problems: list[Problem]) -> str | None:
+    name = row.get("filename")
+    if not isinstance(name, str) or not name:
+        problems.append(Problem("the row names no image", key="filename", value=name))
+        return None
+    # Open Images calls its files by their ids and .jpg, and the rows name the ids.
+    return name if PurePosixPath(name).suffix else f"{name}.jpg"
+
+
+def _boxes(row: dict[str, Any], problems: list[Problem]) -> list[Box]:
+    boxes = row.get("bbox")
+    if not isinstance(boxes, list):
+        problems.append(Problem("expected a list of boxes", key="bbox", value=boxes))
+        return []
+    found = []
+    for number, box in enumerate(boxes):
+        if (
+            isinstance(box, list)
+            and len(box) == 4
+            and all(map(_is_finite, box))
+            and box[0] <= box[2]
+            and box[1] <= box[3]
+        ):
+            found.append((box[0], box[1], box[2], box[3]))
+        else:
+            message = "expected a box of four numbers: left, top, right and bottom"
+            problems.append(Problem(message, key=f"bbox[{number}]", value=box))
+    return found
+
+
+def _size(row: dict[str, Any], problems: list[Problem]) -> tuple[int, int] | None:
+    """Returns the height and width that the masks of a row have, if it has any."""
+    masks = row.get("rle")
+    if not masks:
+        return None
+    size = masks[0].get("size") if isinstance(masks, list) and isinstance(masks[0], dict) else None
+    if isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
+        return size[0], size[1]
+    problems.append(Problem("expected the height and the width of a mask", key="rle[0].size", value=size))
+    return None
+
+
+def _coordinates(box: Box, size: tuple[int, int]) -> str:
+    height, width = size
+    shares = (box[0] / width, box[1] / height, box[2] / width, box[3] / height)
+    return "({}, {}, {}, {})".format(*(round(min(max(share, 0), 1) * TEXT_SCALE) for share in shares))
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
