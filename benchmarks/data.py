@@ -9,18 +9,29 @@ record with hardware and versions into benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import tarfile
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from measuring import table, write_record
 from PIL import Image
 
-from theworld_train.config.sources import JsonlSource, MovingDigitsSource
+from theworld_train.config.sources import (
+    ClipsSource,
+    JsonlSource,
+    LlavaSource,
+    MovingDigitsSource,
+    ParquetSource,
+    SpatialRgptSource,
+    WebDatasetSource,
+)
 from theworld_train.data import (
     Batching,
     Collator,
@@ -56,6 +67,52 @@ def write_conversations(directory: Path, samples: int) -> Path:
     return path
 
 
+def write_other_formats(directory: Path, conversations: Path) -> dict[str, Source]:
+    """Writes the same questions, answers and photos in the formats of others, and opens them."""
+    rows = [json.loads(line) for line in conversations.read_text().splitlines()]
+    answers = [row["messages"][1]["content"] for row in rows]
+    names = [row["messages"][0]["content"][0]["path"] for row in rows]
+    photos = {name: (directory / name).read_bytes() for name in set(names)}
+    llava, regions, embedded = [], [], []
+    for name, answer in zip(names, answers, strict=True):
+        turns = [{"from": "human", "value": "<image>\nWhich digit is it?"}, {"from": "gpt", "value": answer}]
+        llava.append({"image": name, "conversations": turns})
+        asked = [{"from": "human", "value": "<image>\nWhich digit is <mask> <depth>?"}, turns[1]]
+        regions.append({"filename": name, "conversations": asked, "bbox": [[100, 100, 500, 400]]})
+        question = [{"type": "image", "text": None}, {"type": "text", "text": "Which digit is it?"}]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        embedded.append({"messages": messages, "images": [{"bytes": photos[name], "path": None}]})
+    (directory / "llava.json").write_text(json.dumps(llava))
+    (directory / "regions.json").write_text(json.dumps(regions))
+    datasets.Dataset.from_list(embedded).to_parquet(directory / "rows.parquet")
+    with tarfile.open(directory / "00000.tar", "w") as tar:
+        for number, row in enumerate(llava):
+            for suffix, data in (("jpg", photos[row["image"]]), ("json", json.dumps(row).encode())):
+                member = tarfile.TarInfo(f"{number:09}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for number in range(len(rows)):
+        clip = directory / "clips" / str(number % 10) / str(number)
+        clip.mkdir(parents=True)
+        for frame in range(9):
+            (clip / f"{frame}.jpg").hardlink_to(directory / f"{(number + frame) % 32}.jpg")
+    path = {
+        name: str(directory / name) for name in ("llava.json", "regions.json", "rows.parquet", "00000.tar", "clips")
+    }
+    return {
+        "photos in LLaVA's JSON": open_source(LlavaSource(source="llava", path=path["llava.json"])),
+        "photos with a region drawn": open_source(SpatialRgptSource(source="spatialrgpt", path=path["regions.json"])),
+        "photos inside Parquet": open_source(ParquetSource(source="parquet", path=path["rows.parquet"])),
+        "photos in a tar shard": open_source(
+            WebDatasetSource(source="webdataset", path=path["00000.tar"], samples="llava")
+        ),
+        "clips of 9 photos": open_source(ClipsSource(source="clips", path=path["clips"])),
+    }
+
+
 def walk(source: Source, collator: Collator, kind: str, workers: int, steps: int) -> tuple[float, int, int, int]:
     """Returns seconds, micro-batches, tokens and positions of some steps on one rank, the start of workers included."""
     started = time.perf_counter()
@@ -88,6 +145,7 @@ def main() -> None:
     steps = options.samples // GLOBAL_BATCH
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
+        datasets.config.HF_DATASETS_CACHE = root / "cache"  # where the Parquet file is copied to
         write_tiny(root / "tiny", WORDS, torch.rand(2, 3, 5, 64, 64) * 2 - 1)
         processor = TheWorldProcessor.from_pretrained(str(root / "tiny" / "gemma"), world_resolution=RESOLUTION)
         collator = Collator(processor, MAX_LENGTH)
@@ -95,6 +153,7 @@ def main() -> None:
         digits = MovingDigitsSource(source="moving_digits", split="train", samples=options.samples)
         sources = {
             "photos in JSONL": open_source(JsonlSource(source="jsonl", path=str(path))),
+            **write_other_formats(root, path),
             "clips of the generator": open_source(digits),
         }
         speed: list[dict[str, Any]] = []

@@ -148,7 +148,7 @@ class ClipsSource(ClipRules):
 
 
 class HubSource(Section):
-    """A Hugging Face dataset whose rows hold `messages` and `images`, in the chat template's format."""
+    """A Hugging Face dataset whose rows hold conversations and their images, read from a copy on disk."""
 
     source: Literal["hub"]
     """Selects this kind of source."""
@@ -160,6 +160,8 @@ class HubSource(Section):
     """Configuration of the dataset, for datasets that have several."""
     split: str = "train"
     """Split to read; slices such as `train[:1%]` work."""
+    samples: Literal["conversations", "llava", "sharegpt"] = "conversations"
+    """Format of a row: `messages` and `images` as in our own, or `conversations` with `image` (LLaVA) or `images`."""
 
 
 class MovingDigitsSource(Section):

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 #: Columns of our own format; others, however large, are left alone.
-OWN_COLUMNS = ("id", "kind", "world", "messages", "images")
+OWN_COLUMNS = ("messages", "images", "id", "kind", "world")
 #: Rows that are read at once when all of them are.
 BATCH = 1000
 

@@ -13,6 +13,7 @@ from theworld_train.config.sources import ClipsSource
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.files import media_of
 from theworld_train.data.formats import Adapted
+from theworld_train.data.media import RefusedMediumError, locate
 from theworld_train.data.rows import RowError, decode_json
 from theworld_train.data.video import frame_files
 
@@ -46,7 +47,7 @@ class ClipRows:
     def __init__(self, root: Path, names: Sequence[str], answers_beside: bool) -> None:
         """Args: root: the folder; names: paths of the clips in it; answers_beside: whether each has a JSON file."""
         self.name = str(root)
-        self._root = root
+        self._root = root.resolve()
         self._names = tuple(names)
         self._answers_beside = answers_beside
 
@@ -61,7 +62,9 @@ class ClipRows:
             return {"clip": name, "answer": Path(name).parent.name.replace("_", " ")}
         file = self._answer_file(name)
         try:
-            row = decode_json((self._root / file).read_bytes())
+            row = decode_json(locate(self._root, file).read_bytes())
+        except RefusedMediumError as error:
+            raise RowError(str(error)) from error
         except OSError as error:
             hint = f"every clip has a JSON file with its answer beside it, {name} this one"
             raise RowError(f"cannot be read: {error.strerror}", hint) from error

@@ -125,7 +125,7 @@ class _RowParser:
         return Conversation(self._id(row), self._kind(row), messages, self._images, self._world(row))
 
     def _report(self, key: str | None, message: str, value: object = None, hint: str | None = None) -> None:
-        self.problems.append(Problem(message, source=self._source, key=key, value=_short(value), hint=hint))
+        self.problems.append(Problem(message, source=self._source, key=key, value=shown(value), hint=hint))
 
     def _id(self, row: dict[str, Any]) -> str | None:
         value = row.get("id")
@@ -295,8 +295,8 @@ def _is_index(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _short(value: object) -> object | None:
-    """Returns the value for display: a row may hold whole images."""
+def shown(value: object) -> object | None:
+    """Returns a value as a problem may show it: a row may hold whole images."""
     if value is None or (isinstance(value, str | int | float) and len(str(value)) <= 80):
         return value
     return repr(value)[:77] + "..." if len(repr(value)) > 80 else value

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.data.conversation import Conversation, parse_row
+from theworld_train.data.conversation import Conversation, parse_row, shown
 from theworld_train.data.formats import Adapted, Format, own_format
-from theworld_train.data.media import Media, RefusedPathError
+from theworld_train.data.media import Media, RefusedMediumError
 from theworld_train.data.rows import RowError, Rows
 from theworld_train.data.source import MediaError, Sample, UnreadableSampleError, first_problems
 from theworld_train.data.video import missing_decoder
@@ -67,8 +67,9 @@ class Conversations:
             messages = render(conversation, adapted)
         except MediaError as error:
             raise UnreadableSampleError(sample_id, str(error)) from error
-        except RefusedPathError as error:
-            raise ConfigError(Problem(str(error), source=self._rows.where(index))) from None
+        except RefusedMediumError:
+            problems = list(self._media.check(conversation, self._rows.where(index)))
+            raise ConfigError(_renamed(problem, adapted) for problem in problems) from None
         return Sample(sample_id, conversation.kind, messages, conversation.world)
 
     def _problems(self) -> Iterator[Problem]:
@@ -100,11 +101,13 @@ class Conversations:
             return None, Adapted({}), [Problem("a row must be an object of fields and values", source=where)]
         adapted = self._adapt(row, index)
         if adapted.problems:
-            return None, adapted, [replace(problem, source=where) for problem in adapted.problems]
+            problems = [replace(p, source=where, value=shown(p.value)) for p in adapted.problems]
+            return None, adapted, problems
         conversation, problems = parse_row(adapted.row, where)
         return conversation, adapted, [_renamed(problem, adapted) for problem in problems]
 
 
 def _renamed(problem: Problem, adapted: Adapted) -> Problem:
     """Returns a problem whose key is that of the row's own format."""
-    return problem if problem.key is None else replace(problem, key=adapted.own_key(problem.key))
+    key = None if problem.key is None else adapted.own_key(problem.key)
+    return replace(problem, key=key, value=shown(problem.value))

@@ -130,7 +130,7 @@ class ChatFormat:
             kind = "image" if piece == "image" and media["image"].remain else "video"
             if not media[kind].remain:
                 message = f"the text asks for more media than the row's '{media[piece].field}' holds"
-                adapted.problems.append(Problem(message, key=key, value=_short(text)))
+                adapted.problems.append(Problem(message, key=key, value=text))
                 continue
             name, value = media[kind].take()
             if kind == "image":
@@ -239,7 +239,3 @@ def _exchange(row: dict[str, Any], image: str, question: str, answer: object) ->
         hint = None if image in row else did_you_mean(image, list(row))
         adapted.problems.append(Problem("the row names no image", key=image, hint=hint))
     return adapted
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -10,31 +10,39 @@ from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.sources import HubSource
 from theworld_train.data.arrow import OWN_COLUMNS, ArrowRows
 from theworld_train.data.conversations import Conversations
+from theworld_train.data.formats import LLAVA, SHAREGPT, Format, own_format
 from theworld_train.data.media import Media
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
 
+#: The columns that are read of each format, of which the first has to be there.
+FORMATS: dict[str, tuple[tuple[str, ...], Format]] = {
+    "conversations": (OWN_COLUMNS, own_format),
+    "llava": (("conversations", "image"), LLAVA),
+    "sharegpt": (("conversations", "images", "system"), SHAREGPT),
+}
 FETCH_HINT = "fetch it once while the network is reachable: theworld-train fetch CONFIG"
 
 
 def open_hub(config: HubSource) -> Conversations:
     """Opens a dataset, from the local cache alone if `HF_HUB_OFFLINE` is set.
 
-    Its columns are `messages`, and optionally `images`, `id`, `kind` and `world`. Images are the bytes that the dataset
-    holds: paths are refused, so that a dataset from elsewhere cannot read this machine's disk.
+    Images are the bytes that the dataset holds: paths are refused, so that a dataset from elsewhere cannot read this
+    machine's disk.
 
     Raises:
-        ConfigError: If it is not there, or has no `messages`, or no rows.
+        ConfigError: If it is not there, or has no conversations, or no rows.
     """
     dataset = _open(config)
-    if "messages" not in dataset.column_names:
-        hint = did_you_mean("messages", dataset.column_names)
-        raise ConfigError(Problem("the dataset has no column 'messages'", source=config.id, hint=hint))
+    (needed, *others), adapt = FORMATS[config.samples]
+    if needed not in dataset.column_names:
+        hint = did_you_mean(needed, dataset.column_names)
+        raise ConfigError(Problem(f"the dataset has no column {needed!r}", source=config.id, hint=hint))
     if not len(dataset):
         raise ConfigError(Problem(f"split {config.split!r} holds no rows", source=config.id))
-    dataset = dataset.select_columns([name for name in OWN_COLUMNS if name in dataset.column_names])
-    return Conversations(ArrowRows(dataset, config.id, config.id, ":{}"), Media(root=None))
+    dataset = dataset.select_columns([needed, *(name for name in others if name in dataset.column_names)])
+    return Conversations(ArrowRows(dataset, config.id, config.id, ":{}"), Media(root=None), adapt)
 
 
 def fetch_dataset(config: HubSource) -> str | None:

@@ -38,8 +38,8 @@ HINTS = {
 }
 
 
-class RefusedPathError(ValueError):
-    """Raised for a path that a row may not name; the message is for users."""
+class RefusedMediumError(ValueError):
+    """Raised for a path that a row may not name, or a clip that the source's settings do not fit; for users to read."""
 
 
 def locate(root: Path, name: object) -> Path:
@@ -53,19 +53,19 @@ def locate(root: Path, name: object) -> Path:
         name: Path relative to it.
 
     Raises:
-        RefusedPathError: If the path is refused; the message is for users.
+        RefusedMediumError: If the path is refused; the message is for users.
     """
     if not isinstance(name, str) or not name:
-        raise RefusedPathError("a medium is named by its path")
+        raise RefusedMediumError("a medium is named by its path")
     if "://" in name or name.startswith("data:"):
-        raise RefusedPathError("media are files; nothing is fetched while training")
+        raise RefusedMediumError("media are files; nothing is fetched while training")
     if "\0" in name:
-        raise RefusedPathError("the path holds a null character")
+        raise RefusedMediumError("the path holds a null character")
     if Path(name).is_absolute():
-        raise RefusedPathError(f"media paths are relative to the media root, {root}")
+        raise RefusedMediumError(f"media paths are relative to the media root, {root}")
     path = (root / name).resolve()
     if not path.is_relative_to(root):
-        raise RefusedPathError(f"the path leaves the media root, {root}")
+        raise RefusedMediumError(f"the path leaves the media root, {root}")
     return path
 
 
@@ -107,7 +107,7 @@ class Media:
 
         Raises:
             MediaError: If a medium is damaged or has gone missing.
-            RefusedPathError: If a path is refused.
+            RefusedMediumError: If a path is refused, or a clip lacks its frame rate.
         """
 
         def image(part: ImagePart) -> Image.Image:
@@ -119,9 +119,10 @@ class Media:
 
         def video(part: VideoPart) -> list[Image.Image]:
             if part.frames:
+                self._check_frame_rate()
                 paths = [self._locate(name) for name in part.frames]
                 return read_frames(paths, self.max_video_frames, timing=self.timing)
-            return read_clip(self._locate(part.path), self.max_video_frames, self.timing)
+            return read_clip(self._locate_clip(part.path), self.max_video_frames, self.timing)
 
         return build_messages(conversation, image, video)
 
@@ -130,14 +131,15 @@ class Media:
 
         Raises:
             MediaError: If a video file is damaged or has gone missing.
-            RefusedPathError: If a path is refused.
+            RefusedMediumError: If a path is refused, or a clip lacks its frame rate.
         """
 
         def video(part: VideoPart) -> Blank:
             timing, most = self.timing, self.max_video_frames
             if part.frames:
+                self._check_frame_rate()
                 return Blank(len(select_frames(len(part.frames), most, timing, timing.directory_fps)))
-            return Blank(clip_length(self._locate(part.path), most, timing))
+            return Blank(clip_length(self._locate_clip(part.path), most, timing))
 
         return build_messages(conversation, lambda _: Blank(), video)
 
@@ -150,8 +152,23 @@ class Media:
         """Returns the path of a medium, which an image may hold beside the bytes that it lacks."""
         name = entry.get("path") if isinstance(entry, dict) else entry
         if self.root is None:
-            raise RefusedPathError(NO_PATHS if name else NO_BYTES)
+            raise RefusedMediumError(NO_PATHS if name else NO_BYTES)
         return locate(self.root, name)
+
+    def _locate_clip(self, name: object) -> Path:
+        path = self._locate(name)
+        if path.is_dir():
+            assert self.root is not None, "without a root, no path is located"
+            for frame in frame_files(path):
+                if frame.is_symlink() and not frame.resolve().is_relative_to(self.root):
+                    raise RefusedMediumError(f"its frame {frame.name} leaves the media root, {self.root}")
+            self._check_frame_rate()
+        return path
+
+    def _check_frame_rate(self) -> None:
+        """Refuses a clip of single images if its frame rate is needed and not stated."""
+        if self.timing.is_needed and self.timing.directory_fps is None:
+            raise RefusedMediumError(NO_FRAME_RATE)
 
     def _problems(self, part: ImagePart | VideoPart, conversation: Conversation) -> Iterator[tuple[object, str]]:
         """Yields the name and the message of each problem of one part."""
@@ -165,23 +182,21 @@ class Media:
             message = self._file_problem(name, is_clip)
             if message is not None:
                 yield name, message
-        if isinstance(part, VideoPart) and part.frames and self._lacks_frame_rate:
-            yield None, NO_FRAME_RATE
+        if isinstance(part, VideoPart) and part.frames:
+            try:
+                self._check_frame_rate()
+            except RefusedMediumError as error:
+                yield None, str(error)
 
     def _file_problem(self, entry: object, is_clip: bool) -> str | None:
         try:
-            path = self._locate(entry)
-        except RefusedPathError as error:
+            path = self._locate_clip(entry) if is_clip else self._locate(entry)
+        except RefusedMediumError as error:
             return str(error)
         if is_clip and path.is_dir():
-            if not frame_files(path):
-                return f"the directory holds no frames ({', '.join(FRAME_SUFFIXES)})"
-            return NO_FRAME_RATE if self._lacks_frame_rate else None
+            suffixes = ", ".join(FRAME_SUFFIXES)
+            return None if frame_files(path) else f"the directory holds no frames ({suffixes})"
         return None if path.is_file() else MISSING
-
-    @property
-    def _lacks_frame_rate(self) -> bool:
-        return self.timing.is_needed and self.timing.directory_fps is None
 
 
 def embedded(entry: object) -> bytes | None:

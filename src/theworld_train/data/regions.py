@@ -22,7 +22,7 @@ from theworld_train.config.errors import Problem
 from theworld_train.data.formats import LLAVA, SPEAKERS, Adapted
 from theworld_train.data.source import MediaError
 
-#: Left, top, right and bottom, in pixels or as shares of the image's width and height.
+#: Left, top, right and bottom, in pixels.
 Box = tuple[float, float, float, float]
 
 MASK = re.compile(r"<mask>(?:\s*<depth>)?")
@@ -62,7 +62,7 @@ class RegionFormat:
         chat = _Renaming(names, texts).rename(row.get("conversations"), problems)
         adapted = LLAVA({"conversations": chat, "image": image}, index)
         adapted.keys["images[0]"] = "filename"
-        adapted.problems = problems + [replace(p, key="filename") if p.key == "image" else p for p in adapted.problems]
+        adapted.problems = problems or [replace(p, key="filename") if p.key == "image" else p for p in adapted.problems]
         if self.regions == "draw" and numbers:
             adapted.retouch = partial(draw_regions, boxes=tuple(numbers), size=size)
         return adapted
@@ -126,27 +126,48 @@ def draw_regions(image: Image.Image, boxes: Sequence[Box], size: tuple[int, int]
     scale_x, scale_y = image.width / width, image.height / height
     # A copy of another size has the same shape but for the rounding of its sides.
     if abs(scale_x * height - image.height) > 2 * max(scale_x, 1):
-        raise MediaError(
-            f"the image has {image.width} x {image.height} pixels, and its regions are of {width} x {height}"
-        )
+        shape = f"{image.width} x {image.height}"
+        raise MediaError(f"the image has {shape} pixels, and its regions are of one of {width} x {height}")
     drawn = image.copy()
     draw = ImageDraw.Draw(drawn)
     side = min(image.size)
     thickness = max(1, round(side * OUTLINE_SHARE))
     font = ImageFont.load_default(max(8, round(side * NUMBER_SHARE)))
+    labels: list[Box] = []
     for number, (left, top, right, bottom) in enumerate(boxes):
-        x0, y0 = max(left * scale_x, 0), max(top * scale_y, 0)
-        x1, y1 = min(right * scale_x, image.width - 1), min(bottom * scale_y, image.height - 1)
-        if x0 > x1 or y0 > y1:
-            raise MediaError(
-                f"region {number} lies outside of the image, which has {image.width} x {image.height} pixels"
-            )
+        box = (
+            max(left * scale_x, 0),
+            max(top * scale_y, 0),
+            min(right * scale_x, image.width - 1),
+            min(bottom * scale_y, image.height - 1),
+        )
+        if box[0] > box[2] or box[1] > box[3]:
+            raise MediaError(f"region {number} is outside of the image of {image.width} x {image.height} pixels")
         color = COLORS[number % len(COLORS)]
-        draw.rectangle((x0, y0, x1, y1), outline=color, width=thickness)
-        corner = draw.textbbox((x0, y0), str(number), font=font)
-        draw.rectangle(corner, fill=color)
-        draw.text((x0, y0), str(number), fill="white", font=font)
+        draw.rectangle(box, outline=color, width=thickness)
+        x, y, width_of_text, height_of_text = draw.textbbox((0, 0), str(number), font=font)
+        label = _free_corner(box, (width_of_text - x + 4, height_of_text - y + 4), image.size, labels)
+        labels.append(label)
+        draw.rectangle(label, fill=color)
+        draw.text((label[0] + 2 - x, label[1] + 2 - y), str(number), fill="white", font=font)
     return drawn
+
+
+def _free_corner(box: Box, label: tuple[float, float], image: tuple[int, int], taken: Sequence[Box]) -> Box:
+    """Returns where the label of a box goes: into the first of its corners that no other label covers."""
+    width, height = label
+    corners = [
+        (max(min(x, image[0] - width), 0), max(min(y, image[1] - height), 0))
+        for y in (box[1], box[3] - height)
+        for x in (box[0], box[2] - width)
+    ]
+    places = [(x, y, x + width, y + height) for x, y in corners]
+    free = (place for place in places if not any(_overlap(place, other) for other in taken))
+    return next(free, places[0])
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _image(row: dict[str, Any], problems: list[Problem]) -> str | None:

@@ -188,7 +188,7 @@ def test_parts_that_are_refused(chat: Chat, question: object, key: str, expected
         (None, None, "must be an object"),
         ({}, "messages", "the row has no 'messages'"),
         ({"mesages": []}, "messages", "did you mean 'mesages'?"),
-        ({"conversations": []}, "messages", "convert 'conversations'"),
+        ({"conversations": []}, "messages", "source: llava and source: sharegpt read"),
         ({"messages": []}, "messages", "at least one user and one assistant turn"),
         ({"messages": "hello"}, "messages", "must be a list"),
         ({"messages": ["hello"]}, "messages[0]", "must be an object"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
 import warnings
 import zlib
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from theworld_train.data import MediaError
+from theworld_train.config.sources import JsonlSource
+from theworld_train.data import MediaError, UnreadableSampleError, open_source
 from theworld_train.data.images import MAX_PIXELS, decode_image, open_image, to_rgb
 
 ORANGE = (200, 100, 50)
@@ -245,3 +247,72 @@ def test_the_file_can_be_removed_while_the_image_is_in_use(tmp_path: Path) -> No
     image = open_image(path)
     path.unlink()
     assert image.copy().getpixel((0, 0)) == ORANGE
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def noise(size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+
+
+#: Images as they are found, with what becomes of them: their size in RGB, or why their sample is replaced.
+FOUND: dict[str, tuple[str, Image.Image, dict[str, Any], tuple[int, int] | str]] = {
+    "greyscale": (".jpg", Image.new("L", (6, 4), 77), {}, (6, 4)),
+    "black and white": (".png", Image.new("1", (6, 4), 1), {}, (6, 4)),
+    "palette": (".gif", Image.new("P", (6, 4), 1), {}, (6, 4)),
+    "alpha": (".png", Image.new("RGBA", (6, 4), (*ORANGE, 9)), {}, (6, 4)),
+    "grey with alpha": (".png", Image.new("LA", (6, 4), (77, 9)), {}, (6, 4)),
+    "16 bit": (".png", Image.fromarray(np.full((4, 6), 300, dtype=np.uint16)), {}, (6, 4)),
+    "32 bit floats": (".tif", Image.fromarray(np.full((4, 6), 0.5, dtype=np.float32)), {}, (6, 4)),
+    "CMYK": (".jpg", Image.new("CMYK", (6, 4), (0, 255, 255, 0)), {}, (6, 4)),
+    "EXIF rotation": (".jpg", Image.new("RGB", (6, 4), ORANGE), {"exif": exif(6)}, (4, 6)),
+    "animated GIF": (
+        ".gif",
+        Image.new("RGB", (6, 4), "red"),
+        {"save_all": True, "append_images": [Image.new("RGB", (6, 4), "blue")]},
+        (6, 4),
+    ),
+    "animated WebP": (
+        ".webp",
+        Image.new("RGB", (6, 4), "red"),
+        {"save_all": True, "append_images": [Image.new("RGB", (6, 4), "blue")]},
+        (6, 4),
+    ),
+    "1 x 1": (".png", Image.new("RGB", (1, 1), ORANGE), {}, (1, 1)),
+    "1 x 1 animated GIF": (
+        ".gif",
+        Image.new("RGB", (1, 1), "red"),
+        {"save_all": True, "append_images": [Image.new("RGB", (1, 1), "blue")]},
+        (1, 1),
+    ),
+    "4,000 x 1": (".png", Image.new("RGB", (4000, 1), ORANGE), {}, (4000, 1)),
+    "12,000 x 9,000": (".png", Image.new("1", (12_000, 9_000)), {}, "more than 67,108,864 pixels"),
+    "truncated": (".jpg", noise((64, 64)), {"truncate": 0.5}, "the image is damaged"),
+    "an empty file": (".jpg", noise((8, 8)), {"truncate": 0}, "not an image"),
+}
+
+
+@pytest.mark.parametrize(("suffix", "image", "options", "expected"), FOUND.values(), ids=FOUND)
+def test_images_as_they_are_found_are_read_or_their_sample_is_replaced(
+    tmp_path: Path, suffix: str, image: Image.Image, options: dict[str, Any], expected: tuple[int, int] | str
+) -> None:
+    """Through a source: what cannot be read costs its own sample, named, and neither the check nor another sample."""
+    path = tmp_path / f"a{suffix}"
+    share = options.get("truncate", 1)
+    image.save(path, **{name: value for name, value in options.items() if name != "truncate"})
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    turns = [{"role": "user", "content": [{"type": "image", "path": path.name}]}, {"role": "assistant", "content": "x"}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns, "id": "odd"}) + "\n")
+    source = open_source(JsonlSource(source="jsonl", path=str(rows)))
+    assert source.check() == []
+    if isinstance(expected, str):
+        with pytest.raises(UnreadableSampleError, match=rf"odd: .*a\{suffix}: .*{expected}"):
+            source[0]
+        return
+    loaded = source[0].messages[0]["content"][0]["image"]
+    assert (loaded.mode, loaded.size) == ("RGB", expected)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from theworld_train.config.errors import ConfigError
 from theworld_train.data import MediaError
-from theworld_train.data.video import frame_files, read_clip, read_frames, select_frames
+from theworld_train.data.video import Timing, clip_length, frame_files, read_clip, read_frames, select_frames
 
 
 def write_video(path: Path, frames: int, codec: str = "mpeg4", size: tuple[int, int] = (64, 48)) -> Path:
@@ -71,6 +71,38 @@ def test_a_video_file(tmp_path: Path, suffix: str, codec: str) -> None:
 @pytest.mark.parametrize(("available", "expected"), [(1, [0]), (3, [2]), (7, [0, 2, 3, 5, 6]), (9, list(range(9)))])
 def test_short_video_files(tmp_path: Path, available: int, expected: list[int]) -> None:
     assert numbers(read_clip(write_video(tmp_path / "a.mp4", available), 9)) == expected
+
+
+@pytest.mark.parametrize(
+    ("timing", "expected"),
+    [
+        (Timing(window_s=0.8), [12, 14, 16, 18, 20]),
+        (Timing(sample_fps=2.5), [4, 8, 12, 16, 20]),
+        (Timing(sample_fps=100), [16, 17, 18, 19, 20]),
+        (Timing(window_s=0.1, directory_fps=1000), [20]),
+    ],
+)
+def test_frames_of_a_video_file_by_time(tmp_path: Path, timing: Timing, expected: list[int]) -> None:
+    path = write_video(tmp_path / "a.mp4", 21)  # of 10 frames a second
+    assert numbers(read_clip(path, 5, timing)) == expected
+    assert clip_length(path, 5, timing) == len(expected)
+
+
+def test_frames_by_time_end_in_the_last_and_lie_within_the_clip() -> None:
+    for available in range(1, 40):
+        for seconds in (0.05, 0.3, 1.0, 2.7):
+            for timing in (Timing(window_s=seconds), Timing(sample_fps=1 / seconds)):
+                for rate in (1.0, 7.0, 29.97):
+                    chosen = select_frames(available, 9, timing, rate)
+                    assert chosen == sorted(set(chosen))
+                    assert len(chosen) % 4 == 1
+                    assert chosen[0] >= 0
+                    assert chosen[-1] == available - 1
+                    if timing.window_s is not None:
+                        assert chosen[-1] - chosen[0] <= seconds * rate + 1e-6
+                    else:
+                        gaps = np.diff(chosen)
+                        assert all(abs(gap - max(rate * seconds, 1)) < 1 for gap in gaps)
 
 
 def test_a_container_with_wrong_or_more_packets_than_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

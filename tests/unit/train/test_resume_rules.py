@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from theworld_train.config import dump_config
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig, TrainableComponent
-from theworld_train.config.sources import HubSource, JsonlSource, MovingDigitsSource
+from theworld_train.config.sources import SourceSection
 from theworld_train.train.resume_rules import RULES, check_changes, rule_of
 
 DIGITS = {"source": "moving_digits", "samples": 32}
@@ -24,7 +24,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         if name == "trainable":
             yield from keys(TrainableComponent, "trainable.world_projector.")
         elif prefix == "data." and name in ("train", "eval"):
-            for source in (JsonlSource, HubSource, MovingDigitsSource):
+            for source in get_args(SourceSection):
                 yield from keys(source, f"data.{name}.")
         elif isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from keys(inner, f"{prefix}{name}.")
