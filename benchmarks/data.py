@@ -107,7 +107,7 @@ def write_other_formats(directory: Path, conversations: Path) -> dict[str, Sourc
         "photos with a region drawn": open_source(SpatialRgptSource(source="spatialrgpt", path=path["regions.json"])),
         "photos inside Parquet": open_source(ParquetSource(source="parquet", path=path["rows.parquet"])),
         "photos in a tar shard": open_source(
-            WebDatasetSource(source="webdataset", path=path["00000.tar"], samples="llava")
+            WebDatasetSource(source="webdataset", path=path["00000.tar"], format="llava")
         ),
         "clips of 9 photos": open_source(ClipsSource(source="clips", path=path["clips"])),
     }

@@ -126,7 +126,7 @@ class WebDatasetSource(Section):
     """Selects this kind of source."""
     path: Path
     """A tar file, or a directory whose tar files are the shards, in the order of their names."""
-    samples: Literal["captions", "conversations", "llava"] = "captions"
+    format: Literal["captions", "conversations", "llava"] = "captions"
     """What a sample is: an image and its caption (`.txt`), or a `.json` with a conversation in our format or LLaVA's,
     whose images are the sample's."""
     questions: Questions = ("Describe the image.",)
@@ -160,7 +160,7 @@ class HubSource(Section):
     """Configuration of the dataset, for datasets that have several."""
     split: str = "train"
     """Split to read; slices such as `train[:1%]` work."""
-    samples: Literal["conversations", "llava", "sharegpt"] = "conversations"
+    format: Literal["conversations", "llava", "sharegpt"] = "conversations"
     """Format of a row: `messages` and `images` as in our own, or `conversations` with `image` (LLaVA) or `images`."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from theworld_train.config.errors import ConfigError, Problem
 
@@ -73,16 +74,18 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> ArrowRows:
         columns: Those that are read if the file has them; all of them if None.
 
     Raises:
-        ConfigError: If it is no Parquet file.
+        ConfigError: If it is no Parquet file, or holds no rows.
     """
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
+        if not pq.read_metadata(path).num_rows:
+            raise ConfigError(Problem("it holds no rows", source=str(path)))
         dataset = Dataset.from_parquet(str(path))
     except (OSError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise ConfigError(Problem(f"not a Parquet file: {cause}", source=str(path))) from error
+        raise ConfigError(Problem(f"not a Parquet file that can be read: {cause}", source=str(path))) from error
     if columns is not None:
         dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
     return ArrowRows(dataset, str(path), path.name, "[{}]")

@@ -35,7 +35,7 @@ def open_hub(config: HubSource) -> Conversations:
         ConfigError: If it is not there, or has no conversations, or no rows.
     """
     dataset = _open(config)
-    (needed, *others), adapt = FORMATS[config.samples]
+    (needed, *others), adapt = FORMATS[config.format]
     if needed not in dataset.column_names:
         hint = did_you_mean(needed, dataset.column_names)
         raise ConfigError(Problem(f"the dataset has no column {needed!r}", source=config.id, hint=hint))

@@ -54,12 +54,19 @@ class RegionFormat:
         if self.regions == "text" and size is None and not problems:
             message = "regions: text needs the size of the image, which the masks tell"
             problems.append(Problem(message, key="rle", hint="use regions: draw"))
+        chat = row.get("conversations")
+        masks = sum(len(MASK.findall(turn["value"])) for turn in _turns(chat) if not _is_answer(turn))
+        if masks != len(boxes) and _turns(chat) and not problems:
+            message = f"{len(boxes)} boxes for {masks} <mask>: every <mask> has its own"
+            problems.append(Problem(message, key="bbox"))
+        if problems:
+            return Adapted({}, problems=problems)
         numbers = {box: number for number, box in enumerate(dict.fromkeys(boxes))}
         names = [f"Region [{numbers[box]}]" for box in boxes]
         texts = names
         if self.regions == "text" and size is not None:
             texts = [f"{name} {_coordinates(box, size)}" for name, box in zip(names, boxes, strict=True)]
-        chat = _Renaming(names, texts).rename(row.get("conversations"), problems)
+        chat = _Renaming(names, texts).rename(chat, problems)
         adapted = LLAVA({"conversations": chat, "image": image}, index)
         adapted.keys["images[0]"] = "filename"
         adapted.problems = problems or [replace(p, key="filename") if p.key == "image" else p for p in adapted.problems]
@@ -82,19 +89,14 @@ class _Renaming:
         """Returns the conversation with names in its texts; what is no conversation comes back as it is."""
         if not isinstance(conversation, list):
             return conversation
-        turns = [
-            self._turn(turn, f"conversations[{number}].value", problems) for number, turn in enumerate(conversation)
+        return [
+            self._turn(turn, f"conversations[{number}].value", problems) if _has_text(turn) else turn
+            for number, turn in enumerate(conversation)
         ]
-        if self._used != len(self._names) and not problems:
-            message = f"{len(self._names)} boxes for {self._used} <mask>: every <mask> has its own"
-            problems.append(Problem(message, key="bbox"))
-        return turns
 
-    def _turn(self, turn: object, key: str, problems: list[Problem]) -> object:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            return turn
+    def _turn(self, turn: dict[str, Any], key: str, problems: list[Problem]) -> dict[str, Any]:
         text: str = turn["value"]
-        if SPEAKERS.get(str(turn.get("from"))) != "assistant":
+        if not _is_answer(turn):
             first = self._used
             text = MASK.sub(self._next, text)
             self._asked = self._names[first : self._used]
@@ -108,7 +110,20 @@ class _Renaming:
 
     def _next(self, _: re.Match[str]) -> str:
         self._used += 1
-        return self._texts[self._used - 1] if self._used <= len(self._texts) else "<mask>"
+        return self._texts[self._used - 1]
+
+
+def _turns(conversation: object) -> list[dict[str, Any]]:
+    """Returns the turns of a conversation that have a text."""
+    return [turn for turn in conversation if _has_text(turn)] if isinstance(conversation, list) else []
+
+
+def _has_text(turn: object) -> bool:
+    return isinstance(turn, dict) and isinstance(turn.get("value"), str)
+
+
+def _is_answer(turn: dict[str, Any]) -> bool:
+    return SPEAKERS.get(str(turn.get("from"))) == "assistant"
 
 
 def draw_regions(image: Image.Image, boxes: Sequence[Box], size: tuple[int, int] | None) -> Image.Image:

@@ -22,7 +22,7 @@ from theworld_train.config.errors import ConfigError, Problem
 #: Bytes of a JSON array that are searched at once; more if a single token is longer.
 CHUNK = 1 << 20
 #: What stands between two braces; a string, whose braces do not count, is passed over only if it ends.
-BETWEEN_BRACES = re.compile(rb'(?:[^"{}]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+BETWEEN_BRACES = re.compile(rb'[^"{}]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"{}]*+)*+', re.DOTALL)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -261,7 +261,7 @@ class _ArraySearch:
             end = passed.end()
             if self._depth == 0:
                 self._gap += b"".join(text[at:end].split())
-                if len(self._gap) > len(BYTE_ORDER_MARK) + 1:
+                if len(self._gap) > len(BYTE_ORDER_MARK + b"[]"):
                     raise ValueError(f"row {len(self.starts)} is something else, or nothing separates it")
             if end == len(text) or text[end : end + 1] == b'"':
                 return end
@@ -288,4 +288,4 @@ class _ArraySearch:
         if self._depth or not whole:
             raise ValueError(f"the file ends within row {len(self.ends)}")
         if self._gap not in ((b"]",) if self.starts else (b"[]", BYTE_ORDER_MARK + b"[]", b"")):
-            raise ValueError(f"the array does not end after row {len(self.ends) - 1}")
+            raise ValueError(f"the array does not end after its {len(self.ends)} rows")

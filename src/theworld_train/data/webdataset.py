@@ -58,9 +58,9 @@ def open_shards(config: WebDatasetSource) -> Conversations:
 
 
 def _format(config: WebDatasetSource) -> Format:
-    if config.samples == "captions":
+    if config.format == "captions":
         return _CaptionOfMembers(CaptionFormat("image", "txt", config.questions))
-    if config.samples == "llava":
+    if config.format == "llava":
         return _ConversationOfMembers(LLAVA, "image")
     return _ConversationOfMembers(own_format, "images")
 

@@ -133,7 +133,7 @@ KEYS_OF_JSONL = "source, path, media_root, max_video_frames, window_s, sample_fp
         (
             "data: {eval: {source: clips, path: x, questions: []}}",
             "data.eval.questions",
-            "expected a list of text that is not empty of length 1 or more",
+            "expected a list that is not empty, of values, each text that is not empty",
             None,
         ),
         (

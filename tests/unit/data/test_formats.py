@@ -110,11 +110,11 @@ def test_turns_that_are_none(turn: object, key: str) -> None:
     assert [problem.key for problem in LLAVA({"conversations": [ASK, turn]}, 0).problems] == [key]
 
 
-def test_a_mistyped_field_is_answered_with_the_nearest() -> None:
+def test_a_missing_field_is_answered_with_the_nearest_that_is_there() -> None:
     (problem,) = LLAVA({"conversation": [ASK, ANSWER]}, 0).problems
-    assert problem.hint == "did you mean 'conversations'?"
+    assert problem.hint == "did you mean 'conversation'?"
     (problem,) = CaptionFormat("image", "caption", ["Q"])({"image": "a.jpg", "captions": "x"}, 0).problems
-    assert problem.hint == "did you mean 'caption'?"
+    assert problem.hint == "did you mean 'captions'?"
 
 
 def test_questions_are_taken_in_turn() -> None:

@@ -67,7 +67,7 @@ def test_random_arrays_are_read_as_json_reads_them(tmp_path: Path, monkeypatch: 
     [
         ('{"a": 1}', "row 0 has no bracket before it; a file with an object a line is named .jsonl"),
         ('{"a": 1}\n{"a": 2}\n', "row 0 has no bracket before it; a file with an object a line is named .jsonl"),
-        ('[{"a": 1}, {"a": 2}', "the array does not end after row 1"),
+        ('[{"a": 1}, {"a": 2}', "the array does not end after its 2 rows"),
         ('[{"a": 1}, {"a": 2', "the file ends within row 1"),
         ('[{"a": 1}, {"a": "2', "the file ends within row 1"),
         ('[{"a": 1} {"a": 2}]', "row 1 has no comma before it"),
@@ -77,11 +77,11 @@ def test_random_arrays_are_read_as_json_reads_them(tmp_path: Path, monkeypatch: 
         ('[{"a": 1}, "text of some length", {"a": 2}]', "row 1 is something else"),
         ('[{"a": 1}, [{"a": 2}]]', "row 1 has no comma before it"),
         ('[{"a": 1}}, {"a": 2}]', "a brace closes before row 1 that none has opened"),
-        ('[{"a": 1}],', "the array does not end after row 0"),
-        ('[{"a": 1}, ]', "the array does not end after row 0"),
+        ('[{"a": 1}],', "the array does not end after its 1 rows"),
+        ('[{"a": 1}, ]', "the array does not end after its 1 rows"),
         ("[1, 2, 3, 4, 5]", "row 0 is something else"),
         ('"text"', "row 0 is something else"),
-        ("null", "the array does not end"),
+        ("null", "the array does not end after its 0 rows"),
         ('{"data": [{"a": 1}]}', "row 0 has no bracket before it"),
     ],
 )

@@ -222,7 +222,7 @@ EXAMPLES = {
         ],
     ),
     "captions": Example(
-        "{source: captions, questions: [What is it?]}",
+        '{source: captions, questions: ["What is it?"]}',
         "metadata.json",
         as_array,
         {"id": "GCC_train_002582585", "image": "a.jpg", "caption": "a cup", "url": "http://example.org/a.jpg"},
@@ -237,7 +237,7 @@ EXAMPLES = {
         ],
     ),
     "captions in TSV": Example(
-        "{source: captions, questions: [What is it?]}",
+        '{source: captions, questions: ["What is it?"]}',
         "cc3m.tsv",
         as_tsv,
         {"caption": "a cup", "image": "a.jpg"},
@@ -251,7 +251,7 @@ EXAMPLES = {
         ],
     ),
     "captions in Parquet": Example(
-        "{source: captions, questions: [What is it?], image_field: jpg}",
+        '{source: captions, questions: ["What is it?"], image_field: jpg}',
         "00000.parquet",
         as_parquet,
         {"jpg": jpeg(), "caption": "a cup", "key": "000000000"},
@@ -291,7 +291,7 @@ EXAMPLES = {
         wrong=[
             ({"filename": None}, "filename: the row names no image"),
             ({"filename": "../a"}, "filename: the path leaves the media root"),
-            ({"bbox": [[1, 2, 20, 30]]}, "conversations[1].value: the answer speaks of Region [1]"),
+            ({"bbox": [[1, 2, 20, 30]]}, "bbox: 1 boxes for 2 <mask>"),
             ({"bbox": REGIONS["bbox"] * 2}, "bbox: 4 boxes for 2 <mask>"),
             ({"bbox": [[1, 2, 20, 30], [9, 5, 6, 40]]}, "bbox[1]: expected a box of four numbers"),
             ({"rle": [{"size": [48]}]}, "rle[0].size: expected the height and the width of a mask"),
@@ -299,7 +299,7 @@ EXAMPLES = {
         ],
     ),
     "webdataset": Example(
-        "{source: webdataset, questions: [What is it?]}",
+        '{source: webdataset, questions: ["What is it?"]}',
         "00000.tar",
         as_shard,
         {"jpg": jpeg(), "json": METADATA, "txt": "a cup"},
@@ -315,7 +315,7 @@ EXAMPLES = {
         ],
     ),
     "webdataset of conversations": Example(
-        "{source: webdataset, samples: conversations}",
+        "{source: webdataset, format: conversations}",
         "00000.tar",
         as_shard,
         {"jpg": jpeg(), "json": json.dumps(OWN)},
@@ -333,7 +333,7 @@ EXAMPLES = {
         ],
     ),
     "webdataset of llava": Example(
-        "{source: webdataset, samples: llava}",
+        "{source: webdataset, format: llava}",
         "00000.tar",
         as_shard,
         {"jpg": jpeg(), "json": json.dumps({"id": "1", "conversations": CHAT})},
@@ -344,7 +344,7 @@ EXAMPLES = {
         wrong=[({"json": json.dumps({"conversations": CHAT[1:]})}, "image[0]: the row's texts ask for 0 of 1")],
     ),
     "clips": Example(
-        "{source: clips, answers: files, questions: [What is it?], max_video_frames: 5}",
+        '{source: clips, answers: files, questions: ["What is it?"], max_video_frames: 5}',
         "clips",
         as_clips,
         {"clip": "a", "beside": json.dumps({"answer": "A cup.", "kind": "things"})},
@@ -361,7 +361,7 @@ EXAMPLES = {
         ],
     ),
     "clips in folders": Example(
-        "{source: clips, questions: [What is it?], max_video_frames: 5}",
+        '{source: clips, questions: ["What is it?"], max_video_frames: 5}',
         "clips",
         as_clips,
         {"clip": "a_cup/1"},
@@ -382,7 +382,7 @@ EXAMPLES = {
         wrong=[({"messages": TURN[:1]}, "messages: no assistant turn")],
     ),
     "hub in LLaVA's format": Example(
-        "{source: hub, samples: llava}",
+        "{source: hub, format: llava}",
         "saved",
         as_dataset,
         {"id": "1", "image": {"bytes": jpeg(), "path": "a.jpg"}, "conversations": CHAT, "data_source": "x"},
@@ -396,7 +396,7 @@ EXAMPLES = {
         ],
     ),
     "hub in ShareGPT's format": Example(
-        "{source: hub, samples: sharegpt}",
+        "{source: hub, format: sharegpt}",
         "saved",
         as_dataset,
         {"images": [{"bytes": jpeg(), "path": None}], "conversations": CHAT},

@@ -115,7 +115,7 @@ def test_conversations_about_several_images(tmp_path: Path) -> None:
         "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}],
     }
     members = [("0.left.png", picture(1)), ("0.right.png", picture(2)), ("0.json", json.dumps(row).encode())]
-    source = read(shard(tmp_path / "a.tar", members), samples="conversations")
+    source = read(shard(tmp_path / "a.tar", members), format="conversations")
     assert source.check() == []
     assert (source[0].id, source[0].kind) == ("mine", "two")
     assert [part["image"].getpixel((0, 0))[0] for part in source[0].messages[0]["content"][:2]] == [2, 1]
@@ -125,7 +125,7 @@ def test_paths_in_conversations_are_refused(tmp_path: Path) -> None:
     content = [{"type": "image"}, {"type": "video", "path": "/etc/hostname"}]
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
     members = [("0.png", picture(1)), ("0.json", json.dumps(row).encode())]
-    source = read(shard(tmp_path / "a.tar", members), samples="conversations")
+    source = read(shard(tmp_path / "a.tar", members), format="conversations")
     (problem,) = source.check()
     assert "messages[0].content[1].path: paths have no meaning" in str(problem)
     with pytest.raises(ConfigError, match="paths have no meaning"):
