@@ -33,10 +33,8 @@ def open_file(config: FileSource) -> Conversations:
         ConfigError: If the file is missing, empty or of another kind, or there is no such media root.
     """
     path = existing_file(config.path, "a file of rows")
-    rows = _rows(config, path)
-    return Conversations(
-        rows, media_of(config, path.parent if config.media_root is None else _root(config)), _format(config)
-    )
+    root = path.parent if config.media_root is None else _root(config)
+    return Conversations(_rows(config, path), media_of(config, root), _format(config))
 
 
 def media_of(config: FileSource | ClipRules, root: Path) -> Media:

@@ -588,3 +588,9 @@ def test_ids_of_other_formats_may_repeat(tmp_path: Path) -> None:
     source = open_example(EXAMPLES["llava"], tmp_path, [EXAMPLES["llava"].row] * 2)
     assert source.check() == []
     assert len({source[0].id, source[1].id}) == 2
+
+
+@pytest.mark.parametrize("name", ["jsonl", "parquet", "llava", "sharegpt", "clips"])
+def test_clips_longer_than_the_temporal_embedding_reaches_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train has clips of 21 frames"):
+        open_example(EXAMPLES[name], tmp_path, [EXAMPLES[name].row], max_video_frames=21)
