@@ -41,3 +41,21 @@ def one_run_config(command: str, paths: Sequence[str], overrides: Sequence[str])
         hint = f"theworld-train run {paths[0]}"
         raise ConfigError(Problem("has stages, so it is a pipeline", source=paths[0], hint=hint))
     return paths[0], load_run_config(paths[0], overrides)
+
+
+def at_hand(path: str, config: RunConfig) -> RunConfig:
+    """Returns a config with its hub revisions pinned, once everything that it reads is on this machine.
+
+    Args:
+        path: Where the config was read.
+        config: The config.
+
+    Raises:
+        ConfigError: With everything that is missing.
+    """
+    from theworld_train import hub
+
+    lock = hub.read_lock(hub.LOCK_FILE)
+    if problems := hub.ensure_local(config, lock, path):
+        raise ConfigError(problems)
+    return hub.pin_revisions(config, lock)

@@ -46,10 +46,12 @@ def data(
     paths, overrides = split_overrides(arguments)
     _, config = one_run_config("data", paths, overrides)
     offline()
+    from theworld_train import hub
     from theworld_train.assemble.inputs import open_inputs
     from theworld_train.inspection.page import render_samples
     from theworld_train.inspection.token_ledger import count_tokens
 
+    config = hub.pin_revisions(config, hub.read_lock(hub.LOCK_FILE))  # weights need not be there
     inputs = open_inputs(config)
     ledger = count_tokens(config, inputs, media=media, num_workers=config.data.num_workers)
     if plot is not None:

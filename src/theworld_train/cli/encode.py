@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from theworld_train.cli.arguments import one_run_config, split_overrides
+from theworld_train.cli.arguments import at_hand, one_run_config, split_overrides
 
 
 def encode(
@@ -28,18 +28,12 @@ def encode(
         theworld-train encode configs/stages/projection.yaml data.encoded=runs/encoded --only world_encoder
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
-    from theworld_train.config.errors import ConfigError
 
     paths, overrides = split_overrides(arguments)
     with quiet_other_ranks():
         path, config = one_run_config("encode", paths, overrides)
         offline()
-        from theworld_train import hub
-
-        lock = hub.read_lock(hub.LOCK_FILE)
-        if problems := hub.ensure_local(config, lock, path):
-            raise ConfigError(problems)
-        config = hub.pin_revisions(config, lock)
+        config = at_hand(path, config)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from theworld_train.cli.tables import output
         from theworld_train.encode import encode as run

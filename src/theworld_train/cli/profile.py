@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from theworld_train.cli.arguments import one_run_config, split_overrides
+from theworld_train.cli.arguments import at_hand, one_run_config, split_overrides
 
 if TYPE_CHECKING:
     from theworld_train.config.schema import RunConfig
@@ -62,28 +62,17 @@ def profile(
     path, config = one_run_config("profile", paths, overrides)
     offline()
     if compare is None:
-        _profile_one(_at_hand(path, config), steps, warmup, output or PROFILES / config.name, force)
+        _profile_one(at_hand(path, config), steps, warmup, output or PROFILES / config.name, force)
     else:
         if Path(path).resolve() == Path(compare).resolve():
             raise ConfigError(Problem("is the config that it would be compared with", key="--compare", value=compare))
         _, other = one_run_config("profile", [compare], overrides)
         for each, its in ((path, config), (compare, other)):
-            _at_hand(each, its)
+            at_hand(each, its)
         second = other.name if other.name != config.name else f"{other.name}-2"
         target = output or PROFILES / f"{config.name}-and-{second}"
         options = ["--steps", str(steps), "--warmup", str(warmup)]
         _profile_two({config.name: path, second: compare}, [*overrides, *options], target, force)
-
-
-def _at_hand(path: str, config: RunConfig) -> RunConfig:
-    """Returns a config with its revisions pinned, once everything that it reads is there."""
-    from theworld_train import hub
-    from theworld_train.config.errors import ConfigError
-
-    lock = hub.read_lock(hub.LOCK_FILE)
-    if problems := hub.ensure_local(config, lock, path):
-        raise ConfigError(problems)
-    return hub.pin_revisions(config, lock)
 
 
 def _profile_one(config: RunConfig, steps: int, warmup: int, target: Path, force: bool) -> None:

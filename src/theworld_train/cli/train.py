@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from theworld_train.cli.arguments import one_run_config, split_overrides
+from theworld_train.cli.arguments import at_hand, one_run_config, split_overrides
 
 if TYPE_CHECKING:
     from theworld_train.config.schema import RunConfig
@@ -25,19 +25,13 @@ def train(
         theworld-train train configs/stages/projection.yaml optimizer.lr=3e-4 training.max_steps=100
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
-    from theworld_train.config.errors import ConfigError
     from theworld_train.launch import as_rank
 
     paths, overrides = split_overrides(arguments)
     with as_rank(), quiet_other_ranks():
         path, config = one_run_config("train", paths, overrides)
         offline()
-        from theworld_train import hub
-
-        lock = hub.read_lock(hub.LOCK_FILE)
-        if problems := hub.ensure_local(config, lock, path):
-            raise ConfigError(problems)
-        config = hub.pin_revisions(config, lock)
+        config = at_hand(path, config)
         if config.runtime.strategy == "auto":
             from theworld_train.cli.strategy import resolve_strategy
 
