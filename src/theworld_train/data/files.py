@@ -32,7 +32,8 @@ def open_file(config: FileSource) -> Conversations:
     Raises:
         ConfigError: If the file is missing, empty or of another kind, or there is no such media root.
     """
-    path = existing_file(config.path, "a file of rows")
+    kinds = {"jsonl": "a JSONL file", "parquet": "a Parquet file"}
+    path = existing_file(config.path, kinds.get(config.source, "a file of rows"))
     root = path.parent if config.media_root is None else _root(config)
     return Conversations(_rows(config, path), media_of(config, root), _format(config))
 
