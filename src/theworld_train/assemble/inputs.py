@@ -15,6 +15,7 @@ from theworld_train.config.sources import frames_of
 from theworld_train.data import (
     Collator,
     ExcludingSource,
+    MixedSource,
     MixtureOrder,
     Order,
     Source,
@@ -129,8 +130,11 @@ def _check_inputs(config: RunConfig, sources: Sequence[Source], problems: Sequen
             )
         )
     collator = Collator(processor, max_length, too_long=config.data.too_long)
-    for source in sources:
-        if unfit := check_budget(source, collator):
+    parts = [
+        part for source in sources for part in (source.parts.values() if isinstance(source, MixedSource) else [source])
+    ]
+    for part in parts:
+        if unfit := check_budget(part, collator):
             raise ConfigError(unfit)
     return collator
 

@@ -210,7 +210,7 @@ def _train(
         windows=ready.windows,
         held_out=None if inputs.held_out is None else lambda: held_out_batches(config, ready.inputs, runtime),
         save=saver,
-        quarantine=Quarantine(directory / QUARANTINE_FILE, config.data.max_bad_samples, writes=runtime.is_main),
+        quarantine=Quarantine(directory / QUARANTINE_FILE if runtime.is_main else None, config.data.max_bad_samples),
         metrics=metrics,
         progress=progress,
     )

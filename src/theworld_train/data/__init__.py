@@ -22,7 +22,7 @@ from theworld_train.data.loader import (
     evaluation_batches,
     training_batches,
 )
-from theworld_train.data.mixture import MixedSource, MixtureOrder, parts_of
+from theworld_train.data.mixture import MixedSource, MixtureOrder, part_ends, part_sizes, parts_of
 from theworld_train.data.order import Order, TrainingOrder, accumulation_steps
 from theworld_train.data.source import ExcludedSampleError, MediaError, Sample, Source, UnreadableSampleError
 from theworld_train.data.workers import in_workers
@@ -50,6 +50,8 @@ __all__ = [
     "in_workers",
     "measure_lengths",
     "open_source",
+    "part_ends",
+    "part_sizes",
     "read_exclusions",
     "training_batches",
     "training_order",

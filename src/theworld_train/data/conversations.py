@@ -45,6 +45,8 @@ class Conversations:
             row = self._rows[index]
         except RowError as error:
             row = error
+        except OSError as error:
+            raise UnreadableSampleError(self._rows.label(index), f"cannot be read: {error}") from error
         return self._sample(index, row, self._media.load)
 
     def outline(self, index: int) -> Sample:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.data.source import ExcludedSampleError, Sample, Source
+from theworld_train.data.source import ExcludedSampleError, Sample, Source, UnreadableSampleError
 
 
 def read_exclusions(paths: Iterable[Path]) -> frozenset[str]:
@@ -49,11 +49,11 @@ class ExcludingSource:
 
     def __init__(self, source: Source, excluded: frozenset[str]) -> None:
         """Args: source: the samples. excluded: ids of those that are left out."""
-        self._source, self._excluded = source, excluded
+        self.source, self._excluded = source, excluded
 
     def __len__(self) -> int:
         """Returns the number of samples, excluded ones counted."""
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
         """Loads one sample; see `Source`.
@@ -61,17 +61,23 @@ class ExcludingSource:
         Raises:
             ExcludedSampleError: If it is left out.
         """
-        return self._kept(self._source[index])
+        return self._kept(lambda: self.source[index])
 
     def outline(self, index: int) -> Sample:
         """Returns one sample with blanks for its media; raises as `__getitem__` does."""
-        return self._kept(self._source.outline(index))
+        return self._kept(lambda: self.source.outline(index))
 
     def check(self) -> list[Problem]:
         """Checks every row, excluded ones too."""
-        return self._source.check()
+        return self.source.check()
 
-    def _kept(self, sample: Sample) -> Sample:
+    def _kept(self, load: Callable[[], Sample]) -> Sample:
+        try:
+            sample = load()
+        except UnreadableSampleError as error:
+            if error.sample_id in self._excluded:
+                raise ExcludedSampleError(error.sample_id) from error
+            raise
         if sample.id in self._excluded:
             raise ExcludedSampleError(sample.id)
         return sample

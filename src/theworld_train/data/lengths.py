@@ -16,7 +16,7 @@ from theworld_train.data.source import Source, UnreadableSampleError
 from theworld_train.data.workers import in_workers
 
 #: Samples that a worker takes before it hands on what it has found.
-CHUNK = 256
+CHUNK = 32
 
 T = TypeVar("T")
 

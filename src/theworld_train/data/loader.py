@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from theworld_train.batch import Batch, FlatBatch
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.batching import Batching, MicroBatch, Place
 from theworld_train.data.collator import Collator, Encoded
+from theworld_train.data.mixture import part_ends
 from theworld_train.data.order import EvaluationSlot, Order, evaluation_micro_batches
 from theworld_train.data.source import ExcludedSampleError, Source, UnreadableSampleError
 from theworld_train.data.workers import in_workers
@@ -27,10 +32,12 @@ class Dropped:
     Attributes:
         sample_id: Id of the sample that was left out.
         reason: Why.
+        asked_for: Whether the config asks for that: `data.too_long: drop`.
     """
 
     sample_id: str
     reason: str
+    asked_for: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ def training_batches(
     steps = range(start_step, start_step + num_steps)
     requests = _TrainingRequests(order, batching, rank, world_size, micro_batch_size, steps)
     requests.of(0)  # answers now if the global batch cannot be split
-    loaded = _load(source, collator, requests, num_workers, pin_memory)
+    loaded = _load(_MicroBatches(source, collator, batching.lengths), requests, num_workers, pin_memory)
     return _windows(loaded, requests)
 
 
@@ -137,7 +144,7 @@ def evaluation_batches(
     """
     slots = evaluation_micro_batches(min(num_samples, len(source)), rank, world_size, micro_batch_size)
     requests = [tuple((Place(slot.index, collator.max_length),) for slot in batch) for batch in slots]
-    loaded = _load(source, collator, requests, min(num_workers, len(requests)), pin_memory)
+    loaded = _load(_MicroBatches(source, collator), requests, min(num_workers, len(requests)), pin_memory)
     return _evaluations(loaded, slots)
 
 
@@ -211,9 +218,11 @@ class _Loaded:
 class _MicroBatches(Dataset[_Loaded]):
     """Loads a micro-batch, given the places of its samples."""
 
-    def __init__(self, source: Source, collator: Collator) -> None:
+    def __init__(self, source: Source, collator: Collator, lengths: NDArray[np.int32] | None = None) -> None:
         self._source = source
         self._collator = collator
+        self._lengths = lengths
+        self._ends = part_ends(source)
 
     def __getitem__(self, rows: MicroBatch) -> _Loaded:
         try:
@@ -225,21 +234,27 @@ class _MicroBatches(Dataset[_Loaded]):
         loaded: list[list[Encoded]] = []
         dropped: list[tuple[Dropped, ...]] = []
         for row in rows:
-            loaded.append([])
-            for place in row:
-                pair, before = self._usable(place)
+            found = [self._usable(place) for place in row]
+            loaded.append([pair for pair, _ in found if pair is not None])
+            dropped += [before for _, before in found]
+            if not loaded[-1]:  # nothing is as short: a row of its own takes any sample
+                pair, _ = self._usable(replace(row[0], room=self._collator.max_length))
+                assert pair is not None
                 loaded[-1].append(pair)
-                dropped.append(before)
         trimmed = sum(encoded.trimmed > 0 for row in loaded for _, encoded in row)
         return _Loaded(self._collator.collate(loaded).flatten(), tuple(dropped), trimmed)
 
-    def _usable(self, place: Place) -> tuple[Encoded, tuple[Dropped, ...]]:
-        """Returns the first usable sample from a place's index on that fits its room, and the unusable before it."""
+    def _usable(self, place: Place) -> tuple[Encoded | None, tuple[Dropped, ...]]:
+        """Returns the first usable sample from a place's index on that fits its room, and the unusable before it.
+
+        None, where no sample is short enough: a packed row then goes without.
+        """
         dropped: list[Dropped] = []
-        tries = min(len(self._source), MAX_REPLACEMENTS)
-        for candidate in range(place.index, place.index + tries):
+        tries = 0
+        for candidate in self._candidates(place):
+            tries += 1
             try:
-                sample = self._source[candidate % len(self._source)]
+                sample = self._source[candidate]
                 encoded = self._collator.encode(sample)
             except ExcludedSampleError:
                 continue
@@ -248,19 +263,33 @@ class _MicroBatches(Dataset[_Loaded]):
                 continue
             if encoded is None:
                 reason = f"does not fit {self._collator.max_length} tokens with its images and a part of its answer"
-                dropped.append(Dropped(sample.id, reason))
+                dropped.append(Dropped(sample.id, reason, asked_for=self._collator.too_long == "drop"))
             elif len(encoded.input_ids) <= place.room:
                 return (sample, encoded), tuple(dropped)
+        if place.room < self._collator.max_length:
+            return None, tuple(dropped)
         why = f"the last one, {dropped[-1].sample_id}: {dropped[-1].reason}" if dropped else "all are excluded"
         message = f"none of {tries} samples in a row is usable here; {why}"
         raise ConfigError(Problem(message, key="data", hint="check data.max_sequence_length and the media files"))
 
+    def _candidates(self, place: Place) -> Iterator[int]:
+        """Yields a place's own sample and those that may stand in for it: what follows in its part of a mixture.
+
+        In a packed row they are no longer than it, as far as lengths tell.
+        """
+        number = bisect_right(self._ends, place.index)
+        first, end = self._ends[number - 1] if number else 0, self._ends[number]
+        following = (first + (place.index - first + offset) % (end - first) for offset in range(end - first))
+        if self._lengths is not None and place.room < self._collator.max_length:
+            lengths, room, own = self._lengths, place.room, place.index
+            following = (index for index in following if index == own or 0 < lengths[index] <= room)
+        return itertools.islice(following, MAX_REPLACEMENTS)
+
 
 def _load(
-    source: Source, collator: Collator, requests: Iterable[MicroBatch], num_workers: int, pin_memory: bool
+    dataset: _MicroBatches, requests: Iterable[MicroBatch], num_workers: int, pin_memory: bool
 ) -> Generator[_Loaded, None, None]:
     """Yields one loaded micro-batch for each request, in order, and ends the workers whatever happens."""
-    dataset = _MicroBatches(source, collator)
     with closing(in_workers(dataset, requests, num_workers, pin_memory=pin_memory)) as batches:
         for loaded in batches:
             if loaded.error is not None:

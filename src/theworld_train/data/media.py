@@ -25,6 +25,8 @@ from theworld_train.data.video import (
     select_frames,
 )
 
+#: Bytes of a name that file systems take.
+LONGEST_NAME = 255
 MISSING = "no such file"
 NO_FRAME_RATE = "the clip does not tell its frame rate"
 NO_PATHS = "paths have no meaning in a dataset, whose media are its 'images'"
@@ -63,7 +65,12 @@ def locate(root: Path, name: object) -> Path:
         raise RefusedMediumError("the path holds a null character")
     if Path(name).is_absolute():
         raise RefusedMediumError(f"media paths are relative to the media root, {root}")
-    path = (root / name).resolve()
+    if any(len(part.encode()) > LONGEST_NAME for part in Path(name).parts):
+        raise RefusedMediumError("a part of the path is too long for a name: is it the medium itself?")
+    try:
+        path = (root / name).resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        raise RefusedMediumError(f"the path cannot be followed: {error}") from error
     if not path.is_relative_to(root):
         raise RefusedMediumError(f"the path leaves the media root, {root}")
     return path
@@ -193,6 +200,8 @@ class Media:
             path = self._locate_clip(entry) if is_clip else self._locate(entry)
         except RefusedMediumError as error:
             return str(error)
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
         if is_clip and path.is_dir():
             suffixes = ", ".join(FRAME_SUFFIXES)
             return None if frame_files(path) else f"the directory holds no frames ({suffixes})"

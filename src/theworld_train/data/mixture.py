@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.sources import MixtureSource
+from theworld_train.data.exclusion import ExcludingSource
 from theworld_train.data.order import permutation
 from theworld_train.data.source import Sample, Source, UnreadableSampleError
 
@@ -54,6 +55,18 @@ class MixedSource:
         return [problem for part in self.parts.values() for problem in part.check()]
 
 
+def part_sizes(source: Source) -> dict[str, int]:
+    """Returns the samples of each part of a mixture, in their order; nothing for another source."""
+    if isinstance(source, ExcludingSource):
+        return part_sizes(source.source)
+    return source.sizes if isinstance(source, MixedSource) else {}
+
+
+def part_ends(source: Source) -> list[int]:
+    """Returns the index behind the last sample of each part, or of the whole source if it is no mixture."""
+    return [int(end) for end in np.cumsum(list(part_sizes(source).values()) or [len(source)])]
+
+
 @dataclass(frozen=True)
 class Part:
     """What the order knows of one source.
@@ -78,7 +91,7 @@ def parts_of(config: MixtureSource, sizes: Mapping[str, int]) -> tuple[Part, ...
             name,
             sizes[name],
             sizes[name] ** (1 / config.temperature) if part.weight is None else part.weight,
-            None if part.max_epochs is None else round(part.max_epochs * sizes[name]),
+            None if part.max_epochs is None else max(1, round(part.max_epochs * sizes[name])),
         )
         for name, part in config.parts.items()
     )

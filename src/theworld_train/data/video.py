@@ -118,15 +118,24 @@ def read_clip(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> list[
 
 
 def clip_length(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> int:
-    """Returns the frames that `read_clip` takes; a video file is read for it, a directory only listed.
+    """Returns the frames that `read_clip` takes; a directory is listed for it, of a video file the packets counted.
+
+    Where packets hold no frame, or several, only decoding would tell.
 
     Raises:
         MediaError: If the clip is damaged, of no known format, too large or empty; the message names it.
         ConfigError: If the package that decodes videos is missing.
     """
-    if path.is_dir() and (files := frame_files(path)):
+    if path.is_dir():
+        files = frame_files(path)
+        if not files:
+            raise MediaError(f"{path}: the directory holds no frames")
         return len(select_frames(len(files), max_frames, timing, timing.directory_fps))
-    return len(read_clip(path, max_frames, timing))
+    problem = missing_decoder(str(path))
+    if problem is not None:
+        raise ConfigError(problem)
+    frame_rate = _frame_rate(path) if timing.is_needed else None
+    return len(select_frames(max(_count_packets(path), 1), max_frames, timing, frame_rate))
 
 
 def read_frames(

@@ -19,12 +19,11 @@ from theworld_train.data import (
     Batching,
     Collator,
     ExcludedSampleError,
-    MixedSource,
     Sample,
     Source,
     UnreadableSampleError,
     each_sample,
-    open_source,
+    part_sizes,
 )
 
 Outcome = Literal["kept", "trimmed", "dropped", "excluded"]
@@ -142,7 +141,7 @@ def count_tokens(
         beat: Told how many more samples are done.
 
     Raises:
-        ConfigError: If a row is wrong, or a sample is too long and may not be.
+        ConfigError: If a row is wrong.
     """
     entries: list[Entry] = []
     for found in each_sample(_Count(inputs.train, inputs.collator, media), range(len(inputs.train)), num_workers):
@@ -152,17 +151,12 @@ def count_tokens(
     lengths = np.array([e.tokens if e.outcome in ("kept", "trimmed") else 0 for e in entries], dtype=np.int32)
     return TokenLedger(
         entries=tuple(entries),
-        parts=_parts(config),
+        parts=part_sizes(inputs.train),
         max_length=inputs.max_length,
         steps=steps,
         global_batch_size=config.training.global_batch_size,
         padding=_padding(config, inputs, lengths, min(steps, PADDED_STEPS)) if lengths.any() else 0.0,
     )
-
-
-def _parts(config: RunConfig) -> Mapping[str, int]:
-    source = open_source(config.data.train)
-    return source.sizes if isinstance(source, MixedSource) else {}
 
 
 def _padding(config: RunConfig, inputs: Inputs, lengths: NDArray[np.int32], steps: int) -> float:
@@ -192,7 +186,7 @@ class _Count:
         except UnreadableSampleError as error:
             return Entry(error.sample_id, "dropped", error.reason)
         length = whole.input_ids.shape[0]
-        encoded = self._collator.encode(sample)
+        encoded = self._collator.fit(whole)
         if encoded is None:
             reason = (
                 f"{length:,} tokens do not fit {self._collator.max_length:,} with its images and a part of its answer"

@@ -51,8 +51,11 @@ def _gated_gelu_backward(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Te
 
 @cache
 def _compiled(function: _Function) -> _Function:
-    """Fuses a function's operations into one kernel or two; lengths may differ from call to call."""
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    """Fuses a function's operations into one kernel or two; lengths may differ from call to call.
+
+    Of more kinds of inputs than PyTorch compiles a function for, further ones run as they are written.
+    """
+    return torch.compile(function, dynamic=True)
 
 
 def _as_written(function: _Function) -> _Function:

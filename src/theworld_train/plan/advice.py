@@ -12,7 +12,7 @@ from theworld_train.accounting.gpus import GpuSpec
 from theworld_train.accounting.tokens import world_tokens
 from theworld_train.assemble.model import describe_model
 from theworld_train.config import parse_run_config
-from theworld_train.config.schema import GradientCheckpointing, Offload, RunConfig
+from theworld_train.config.schema import GradientCheckpointing, Offload, RunConfig, able_strategies
 from theworld_train.config.schema import Strategy as StrategyName
 from theworld_train.config.sources import frames_of
 from theworld_train.memory.timeline import Peak, Timeline
@@ -304,9 +304,10 @@ class Planner:
         """Returns what can be changed, cheapest first: batch, checkpointing, sharding, offload, smaller frames."""
         layouts = [(setting.strategy.name, setting.offload), *_layouts(setting.ranks)]
         for overrides in self._overrides():
+            config = self.variant(overrides).config
             for strategy, offload in dict.fromkeys(layouts):
-                if strategy == "zero3" and ("training.gradient_checkpointing", "selective") in overrides:
-                    continue  # training refuses it
+                if strategy not in able_strategies(config, offload) or (config.runtime.hybrid and strategy != "fsdp2"):
+                    continue
                 if overrides or (strategy, offload) != layouts[0]:
                     yield Option(overrides, strategy, offload)
 

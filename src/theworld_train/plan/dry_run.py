@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,12 +16,12 @@ from theworld_train.accounting.tokens import latent_frames
 from theworld_train.assemble.encoded import frozen_encoders
 from theworld_train.assemble.inputs import open_inputs
 from theworld_train.assemble.model import build_stage, describe_model
-from theworld_train.batch import IGNORE_INDEX, Batch
+from theworld_train.batch import IGNORE_INDEX, Batch, EncodedSample
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import OptimizerName, RunConfig
 from theworld_train.config.sources import HubSource, frames_of, leaf_sources
-from theworld_train.data import Window
+from theworld_train.data import UnreadableSampleError, Window, part_ends
 from theworld_train.memory.following import PhasedEngine, following
 from theworld_train.memory.timeline import CUDA_BLOCK, Timeline, spans
 from theworld_train.memory.tracker import MemoryTracker, Trace
@@ -161,20 +161,23 @@ def sample_shape(
     visual = _visual_tokens(architecture, frames)
     text = limit - visual
     if text < 2:
+        what = "image" if frames == 1 else f"clip of {frames} frames"
         raise ConfigError(
             Problem(
-                f"too few for one image, which takes {visual} positions at a world resolution of "
+                f"too few for one {what}, which takes {visual} positions at a world resolution of "
                 f"{architecture.world_resolution}",
                 key="data.max_sequence_length",
                 value=limit,
-                hint="raise it, or lower model.world.resolution",
+                hint="raise it, or lower model.world.resolution, or the frames that the source takes of a clip",
             )
         )
-    if supervised is not None and supervised > text - 1:
+    packed = config.training.batching == "packed"
+    most = limit - 1 if packed else text - 1  # other rows of a packed batch may hold text alone
+    if supervised is not None and supervised > most:
         raise ConfigError(
-            Problem(f"more supervised tokens than text: {text - 1} positions of {limit} can be", value=supervised)
+            Problem(f"more supervised tokens than text: {most} positions of {limit} can be", value=supervised)
         )
-    images = limit // visual if config.training.batching == "packed" else 1
+    images = limit // visual if packed else 1
     return SampleShape(limit, text - 1 if supervised is None else supervised, frames=frames, images=images)
 
 
@@ -189,8 +192,16 @@ def _longest_sample(config: RunConfig) -> SampleShape:
             )
         )
     inputs = open_inputs(config)
-    samples = (inputs.train[index] for index in range(min(_MEASURED_SAMPLES, len(inputs.train))))
-    encoded = [sample for sample in map(inputs.collator.encode, samples) if sample is not None]
+    ends = part_ends(inputs.train)
+    encoded: list[EncodedSample] = []
+    for first, end in zip([0, *ends], ends, strict=False):
+        count = min(_MEASURED_SAMPLES, end - first)
+        for index in (first + number * (end - first) // count for number in range(count)):
+            with suppress(UnreadableSampleError):
+                sample = inputs.collator.encode(inputs.train[index])
+                encoded += [] if sample is None else [sample]
+    if not encoded:
+        raise ConfigError(Problem("none of the samples that were tried can be used", key="data.train"))
     return SampleShape(
         positions=max(len(sample.input_ids) for sample in encoded),
         supervised=max(int(sample.supervised.sum()) for sample in encoded),

@@ -216,7 +216,7 @@ class _Steps:
                 tokens=result.tokens,
                 padding=positions - result.tokens,
                 longest=max(batch.input_ids.shape[1] for batch in batches),
-                supervised=max(math.ceil(batch.num_supervised / len(batch.sample_ids)) for batch in batches),
+                supervised=max(math.ceil(batch.num_supervised / batch.input_ids.shape[0]) for batch in batches),
                 samples=sum(len(batch.sample_ids) for batch in batches),
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +73,8 @@ def rule_of(key: str) -> Rule:
     Raises:
         KeyError: If no rule covers it.
     """
-    parts = key.split(".")
+    # A part of a mixture holds a source as `data.train` does.
+    parts = re.sub(r"^data\.train\.parts\..+?\.data\.", "data.train.", key).split(".")
     for number in range(len(parts), 0, -1):
         exact, general = ".".join(parts[:number]), ".".join([*parts[:1], "*", *parts[2:number]])
         if exact in RULES:

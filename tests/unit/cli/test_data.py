@@ -172,7 +172,6 @@ def test_a_picture_of_the_lengths(call: Call, config: str):
         (["--page", "absent/page.html", "--show", "1"], "cannot be written"),
         (["--plot", "absent/lengths.png"], "cannot be written"),
         (["data.max_sequence_length=10"], "too small for a single image"),
-        (["data.too_long=error"], "has 257 tokens"),
         (["data.exclude=[absent.jsonl]"], "absent.jsonl"),
         (["data.train.parts.rows.weight=2"], "for all parts or for none; missing: digits"),
         (

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from theworld_train.config.errors import ConfigError
-from theworld_train.data import Batching, Collator, ExcludingSource, TrainingOrder, read_exclusions, training_batches
+from theworld_train.data import (
+    Batching,
+    Collator,
+    ExcludedSampleError,
+    ExcludingSource,
+    TrainingOrder,
+    UnreadableSampleError,
+    read_exclusions,
+    training_batches,
+)
 
 
 def test_files_of_ids_are_read(tmp_path: Path):
@@ -42,6 +51,17 @@ def test_another_sample_takes_the_place_without_a_word(fake_source: Callable[...
     without = ids(ExcludingSource(fake_source(10), frozenset({"s3", "s9"})))
     stands_in = {"s3": "s4", "s9": "s0"}
     assert without == [[stands_in.get(name, name) for name in step] for step in whole]
+
+
+@pytest.mark.parametrize("name", ["s3", "s9"])
+def test_a_damaged_sample_is_excluded_without_a_word(fake_source: Callable[..., Any], name: str):
+    source = ExcludingSource(fake_source(10, unreadable=frozenset({3, 9})), frozenset({name}))
+    with pytest.raises(ExcludedSampleError):
+        source[int(name[1:])]
+    other = 12 - int(name[1:])
+    with pytest.raises(UnreadableSampleError) as caught:
+        source[other]
+    assert not isinstance(caught.value, ExcludedSampleError)
 
 
 def test_a_source_of_which_nothing_is_left_is_an_error(fake_source: Callable[..., Any], encoder: Any):

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from theworld_train.config.errors import ConfigError
 from theworld_train.data import (
     Batching,
     Collator,
+    MixedSource,
     Sample,
     TrainingOrder,
     Window,
@@ -304,3 +306,34 @@ def test_a_damaged_sample_is_replaced_by_one_that_its_row_has_room_for(encoder: 
         assert sorted(names) == sorted(expected)
         assert all(batch.input_ids.shape[1] <= 14 for batch in window.micro_batches)
     assert {dropped.sample_id for window in windows for dropped in window.dropped} == {"s0", "s1"}
+
+
+def test_a_packed_row_goes_without_a_damaged_sample_that_nothing_is_as_short_as(encoder: Encoder) -> None:
+    class Damaged(FakeSource):
+        def outline(self, index: int) -> Sample:
+            return replace(self, unreadable=frozenset())[index]
+
+    # Sample 0 alone asks with one letter.
+    source = Damaged(5, unreadable=frozenset({0}))
+    windows = list(train(source, encoder, batching="packed", micro_batch_size=1, max_length=14, num_steps=10))
+    due = TrainingOrder(5, seed=1, global_batch_size=4)
+    for window in windows:
+        names = Counter(name for batch in window.micro_batches for name in batch.sample_ids)
+        expected = Counter(f"s{index}" for index in due.indices(window.step) if index)
+        assert not expected - names
+        assert (names - expected).total() <= due.indices(window.step).count(0), "a row of its own takes another one"
+        assert all(batch.input_ids.shape[1] <= 14 for batch in window.micro_batches)
+
+
+def test_a_sample_of_a_mixture_is_replaced_by_one_of_its_part(fake_source: Sources, encoder: Encoder) -> None:
+    mixed = MixedSource(
+        {"a": fake_source(4, unreadable=frozenset({3})), "b": fake_source(4, unreadable=frozenset({3}))}
+    )
+    dataset = _MicroBatches(mixed, Collator(encoder, 50))
+    loaded = dataset[((Place(3, 50),), (Place(7, 50),))]
+    assert loaded.flat is not None
+    assert loaded.flat.batch().sample_ids == ("a/s0", "b/s0")
+    lost = _MicroBatches(
+        MixedSource({"a": fake_source(2, unreadable=frozenset({0, 1})), "b": fake_source(4)}), Collator(encoder, 50)
+    )[((Place(0, 50),),)]
+    assert "none of 2 samples" in str(lost.error)

@@ -18,36 +18,50 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def test_each_sample_is_written_once(tmp_path: Path):
     path = tmp_path / "quarantine.jsonl"
-    quarantine = Quarantine(path, None, writes=True)
+    quarantine = Quarantine(path)
     quarantine.take([], 1)
     assert not path.exists()
     quarantine.take([Dropped("a", "damaged"), Dropped("b", "too long")], 2)
     quarantine.take([Dropped("a", "damaged")], 3)
-    assert rows(path) == [
-        {"id": "a", "reason": "damaged", "step": 2},
-        {"id": "b", "reason": "too long", "step": 2},
-    ]
+    expected = [{"id": "a", "reason": "damaged", "step": 2}, {"id": "b", "reason": "too long", "step": 2}]
+    assert rows(path) == expected
+    Quarantine(path).take([Dropped("b", "too long")], 9)
+    assert rows(path) == expected, "not again when the run is resumed"
     quarantine.check()
 
 
-def test_a_run_ends_above_its_budget_also_when_it_is_resumed(tmp_path: Path):
+def test_what_a_killed_run_has_half_written_stands_alone(tmp_path: Path):
     path = tmp_path / "quarantine.jsonl"
-    Quarantine(path, 1, writes=True).take([Dropped("a", "damaged")], 1)
-    with path.open("a") as file:
-        file.write('{"id": "cut o')
-    for writes in (False, True):  # the same on every rank
-        resumed = Quarantine(path, 1, writes=writes)
-        assert not resumed.is_full
-        resumed.take([Dropped("a", "damaged")], 2)
-        assert not resumed.is_full
-        resumed.take([Dropped("b", "damaged")], 3)
-        assert resumed.is_full
-        if writes:
-            assert [line for line in path.read_text().splitlines() if '"b"' in line and line.startswith('{"id"')]
-        with pytest.raises(ConfigError, match="2 different samples could not be used") as caught:
-            resumed.check()
-        assert caught.value.problems[0].key == "data.max_bad_samples"
-        assert str(path) in (caught.value.problems[0].hint or "")
+    path.write_text('{"id": "a", "reason": "damaged", "step": 1}\n{"id": "cut o')
+    Quarantine(path).take([Dropped("a", "damaged"), Dropped("b", "damaged")], 2)
+    lines = path.read_text().splitlines()
+    assert lines[1] == '{"id": "cut o'
+    assert json.loads(lines[2]) == {"id": "b", "reason": "damaged", "step": 2}
+    Quarantine(path).take([Dropped("b", "damaged")], 3)
+    assert len(path.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_launch_ends_above_its_budget_on_every_rank_alike(writes: bool, tmp_path: Path):
+    path = tmp_path / "quarantine.jsonl"
+    Quarantine(path).take([Dropped("old", "damaged"), Dropped("older", "damaged")], 1)
+    quarantine = Quarantine(path if writes else None, 1)
+    quarantine.take([Dropped("a", "damaged"), Dropped("a", "damaged")], 2)
+    assert not quarantine.is_full, "what was met before the run was mended and resumed does not count"
+    quarantine.take([Dropped("b", "damaged")], 3)
+    assert quarantine.is_full
+    with pytest.raises(ConfigError, match="2 different samples could not be used") as caught:
+        quarantine.check()
+    assert caught.value.problems[0].key == "data.max_bad_samples"
+    assert "allow_changed" in (caught.value.problems[0].hint or "")
+
+
+def test_what_the_config_asks_to_drop_is_no_trouble(tmp_path: Path):
+    path = tmp_path / "quarantine.jsonl"
+    quarantine = Quarantine(path, 0)
+    quarantine.take([Dropped("long", "does not fit", asked_for=True)], 1)
+    quarantine.check()
+    assert not path.exists()
 
 
 def test_nothing_is_kept_without_a_file():
