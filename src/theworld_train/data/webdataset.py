@@ -29,6 +29,8 @@ from theworld_train.data.source import first_problems
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 #: Members that are read, besides images; others are left alone.
 TEXTS = ("txt", "json")
+#: Characters of a member's name: all keys are kept in one array, each as wide as the longest.
+MAX_NAME = 1024
 #: Bounds of what a shard may hold: members, bytes of an image's file, and bytes of a text.
 MAX_MEMBERS = 1_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -134,6 +136,8 @@ def _check_member(member: tarfile.TarInfo) -> None:
         raise _RefusedShardError("the name leads out of the shard", member.name)
     if not (member.isreg() or member.isdir()) or member.issparse():
         raise _RefusedShardError("is a link, a device or a sparse file, and shards hold plain files", member.name)
+    if len(member.name) > MAX_NAME:
+        raise _RefusedShardError(f"the name has more than {MAX_NAME:,} characters", member.name[:80] + "...")
     if member.size < 0:
         raise _RefusedShardError("has a negative size", member.name)
 

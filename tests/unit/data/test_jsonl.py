@@ -263,3 +263,14 @@ def test_a_row_can_do_without_world_tokens(tmp_path: Path) -> None:
     (problem,) = source.check()
     assert "rows.jsonl:3" in str(problem)
     assert "world must be true or false" in str(problem)
+
+
+@pytest.mark.parametrize("name", ["iVBORw0KGgo" * 40, "a/" * 2500 + "b.png", "loop/a.png"])
+def test_paths_that_cannot_be_followed_are_problems(write_jsonl: Write, tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    image = [{"type": "image", "path": name}, {"type": "text", "text": "what?"}]
+    turns = [{"role": "user", "content": image}, {"role": "assistant", "content": "this"}]
+    source = open_source(JsonlSource(source="jsonl", path=str(write_jsonl({"messages": turns}))))
+    (problem,) = source.check()
+    assert problem.source is not None
+    assert problem.source.endswith("data.jsonl:1")

@@ -149,6 +149,10 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
 REFUSED = {
     "an absolute name": (("/etc/0.png", picture(1)), "/etc/0.png: the name leads out of the shard"),
     "a name with dots": (("a/../../0.png", picture(1)), "a/../../0.png: the name leads out of the shard"),
+    "a name without end": (
+        ("n" * 2000 + ".png", picture(1)),
+        f"{'n' * 80}...: the name has more than 1,024 characters",
+    ),
     "a symbolic link": (special("0.png", tarfile.SYMTYPE, "/etc/hostname"), "0.png: is a link, a device"),
     "a hard link": (special("0.png", tarfile.LNKTYPE, "1.png"), "0.png: is a link, a device"),
     "a character device": (special("0.png", tarfile.CHRTYPE), "0.png: is a link, a device"),

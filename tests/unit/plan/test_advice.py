@@ -106,6 +106,16 @@ def test_what_training_refuses_is_not_advised(planner: Callable[..., Planner]):
     assert ("zero3", "selective") not in modes
 
 
+def test_advice_keeps_to_strategies_that_the_config_can_run(planner: Callable[..., Planner]):
+    plans = planner(("world_projector",), batch=1, gradient_checkpointing="none")
+    sections = {"runtime": {"strategy": "fsdp2", "hybrid": True}, "optimizer": {"name": "adamw_8bit"}}
+    for name, values in sections.items():
+        section = getattr(plans.config, name).model_copy(update=values)
+        limited = Planner(plans.config.model_copy(update={name: section}))
+        found = {option.strategy for option in limited.options(limited.setting("fsdp2", 2))}
+        assert found == ({"fsdp2"} if name == "runtime" else {"ddp"})
+
+
 def test_few_dry_runs_tell(planner: Callable[..., Planner], monkeypatch: pytest.MonkeyPatch):
     """A dry run of the 4B model takes seconds: none is made whose answer is known."""
     made: list[tuple[int, int]] = []
