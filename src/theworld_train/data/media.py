@@ -198,14 +198,14 @@ class Media:
     def _file_problem(self, entry: object, is_clip: bool) -> str | None:
         try:
             path = self._locate_clip(entry) if is_clip else self._locate(entry)
+            if is_clip and path.is_dir():
+                suffixes = ", ".join(FRAME_SUFFIXES)
+                return None if frame_files(path) else f"the directory holds no frames ({suffixes})"
+            return None if path.is_file() else MISSING
         except RefusedMediumError as error:
             return str(error)
         except OSError as error:
             return f"cannot be read: {error.strerror}"
-        if is_clip and path.is_dir():
-            suffixes = ", ".join(FRAME_SUFFIXES)
-            return None if frame_files(path) else f"the directory holds no frames ({suffixes})"
-        return None if path.is_file() else MISSING
 
 
 def embedded(entry: object) -> bytes | None:
