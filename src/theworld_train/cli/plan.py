@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -21,6 +22,19 @@ if TYPE_CHECKING:
     from theworld_train.plan.advice import Planner, Setting
 
 
+@contextmanager
+def _uncollected() -> Generator[None]:
+    """Leaves cycles among the objects of a plan where they are: to look for them takes a sixth of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def plan(
     arguments: Annotated[
         list[str], typer.Argument(metavar="CONFIG... [KEY=VALUE ...]", help="Run configs, and keys to override.")
