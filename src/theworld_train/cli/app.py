@@ -41,6 +41,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "checkpoint": CommandEntry("theworld_train.cli.checkpoint:checkpoint", "List, verify, show or prune checkpoints."),
     "export": CommandEntry("theworld_train.cli.export:export", "Write a checkpoint as a Hugging Face directory."),
     "fetch": CommandEntry("theworld_train.cli.fetch:fetch", "Download models and data, once, and pin their revisions."),
+    "prepare": CommandEntry(
+        "theworld_train.cli.prepare:prepare", "Fetch the images that rows name by URL, for training."
+    ),
     "encode": CommandEntry("theworld_train.cli.encode:encode", "Keep what frozen encoders make of a run's media."),
     "plan": CommandEntry("theworld_train.cli.plan:plan", "Plan a run's memory, and say whether it fits a GPU."),
     "data": CommandEntry("theworld_train.cli.data:data", "Count the tokens of a run's data, and show its samples."),

@@ -71,7 +71,7 @@ class Conversations:
             raise UnreadableSampleError(sample_id, str(error)) from error
         except RefusedMediumError:
             problems = list(self._media.check(conversation, self._rows.where(index)))
-            raise ConfigError(_renamed(problem, adapted) for problem in problems) from None
+            raise ConfigError(renamed(problem, adapted) for problem in problems) from None
         return Sample(sample_id, conversation.kind, messages, conversation.world)
 
     def _problems(self) -> Iterator[Problem]:
@@ -83,7 +83,7 @@ class Conversations:
             if conversation is None:
                 continue
             problems = list(self._media.check(conversation, self._rows.where(index)))
-            yield from (_renamed(problem, adapted) for problem in problems)
+            yield from (renamed(problem, adapted) for problem in problems)
             holds_video_file = holds_video_file or (not problems and self._media.holds_video_file(conversation))
             first = index if conversation.id is None else rows_of_ids.setdefault(conversation.id, index)
             if first != index:
@@ -95,21 +95,36 @@ class Conversations:
             yield problem
 
     def _parse(self, index: int, row: object) -> tuple[Conversation | None, Adapted, list[Problem]]:
-        """Returns a row's conversation, or None and what is wrong with it, in the words of the row's own format."""
-        where = self._rows.where(index)
-        if isinstance(row, RowError):
-            return None, Adapted({}), [Problem(row.message, source=where, hint=row.hint)]
-        if not isinstance(row, dict):
-            return None, Adapted({}), [Problem("a row must be an object of fields and values", source=where)]
-        adapted = self._adapt(row, index)
-        if adapted.problems:
-            problems = [replace(p, source=where, value=shown(p.value)) for p in adapted.problems]
-            return None, adapted, problems
-        conversation, problems = parse_row(adapted.row, where)
-        return conversation, adapted, [_renamed(problem, adapted) for problem in problems]
+        return parse_stored(row, index, self._rows.where(index), self._adapt)
 
 
-def _renamed(problem: Problem, adapted: Adapted) -> Problem:
+def parse_stored(
+    row: object, index: int, where: str, adapt: Format
+) -> tuple[Conversation | None, Adapted, list[Problem]]:
+    """Parses a stored row of any format.
+
+    Args:
+        row: The row, or what is wrong with it.
+        index: Its number.
+        where: Names it in problems.
+        adapt: Turns it into our format.
+
+    Returns:
+        Its conversation, or None and what is wrong with it, in the words of the row's own format.
+    """
+    if isinstance(row, RowError):
+        return None, Adapted({}), [Problem(row.message, source=where, hint=row.hint)]
+    if not isinstance(row, dict):
+        return None, Adapted({}), [Problem("a row must be an object of fields and values", source=where)]
+    adapted = adapt(row, index)
+    if adapted.problems:
+        problems = [replace(p, source=where, value=shown(p.value)) for p in adapted.problems]
+        return None, adapted, problems
+    conversation, problems = parse_row(adapted.row, where)
+    return conversation, adapted, [renamed(problem, adapted) for problem in problems]
+
+
+def renamed(problem: Problem, adapted: Adapted) -> Problem:
     """Returns a problem whose key is that of the row's own format."""
     key = None if problem.key is None else adapted.own_key(problem.key)
     return replace(problem, key=key, value=shown(problem.value))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from theworld_train.config.errors import ConfigError, Problem
@@ -60,6 +61,21 @@ def _rows(config: FileSource, path: Path) -> Rows:
         return json_lines(path)
     if isinstance(config, ParquetSource):
         return _parquet(path, own=True)
+    columns = (config.caption_field, config.image_field) if isinstance(config, CaptionsSource) else ()
+    return rows_by_suffix(path, f"source: {config.source}", columns)
+
+
+def rows_by_suffix(path: Path, reader: str, columns: Sequence[str] = ()) -> Rows:
+    """Opens a file of rows by what its name ends with.
+
+    Args:
+        path: The file.
+        reader: Who reads it, for problems.
+        columns: What the columns of a TSV file are called; TSV is refused without them.
+
+    Raises:
+        ConfigError: If the name ends otherwise, or the file is none of its kind.
+    """
     suffix = path.suffix.lower()
     if suffix == ".json":
         return json_array(path)
@@ -67,11 +83,10 @@ def _rows(config: FileSource, path: Path) -> Rows:
         return json_lines(path)
     if suffix == ".parquet":
         return _parquet(path)
-    if suffix == ".tsv" and isinstance(config, CaptionsSource):
-        return tsv_lines(path, (config.caption_field, config.image_field))
-    known = (*TABLES, ".tsv") if isinstance(config, CaptionsSource) else TABLES
-    message = f"rows of source: {config.source} are read from files named {', '.join(known)}"
-    raise ConfigError(Problem(message, source=config.path))
+    if suffix == ".tsv" and columns:
+        return tsv_lines(path, columns)
+    known = (*TABLES, ".tsv") if columns else TABLES
+    raise ConfigError(Problem(f"rows of {reader} are read from files named {', '.join(known)}", source=str(path)))
 
 
 def _parquet(path: Path, own: bool = False) -> Rows:
