@@ -20,7 +20,7 @@ from tests.helpers.tiny import TinyCheckpoint
 from tests.numerics.conftest import FinishedRun
 from theworld_train import encode as encode_module
 from theworld_train import encoded_files
-from theworld_train.assemble import run
+from theworld_train.assemble import steps
 from theworld_train.checkpoint_files import file_sha256
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import RunConfig
@@ -255,7 +255,7 @@ def _no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(steps, "load_model", load)
 
 
 @pytest.mark.usefixtures("_no_model")

@@ -97,7 +97,7 @@ def test_a_picture_is_drawn(call: Call, tiny_run: str, tmp_path: Path):
         (["--offload", "optimiser"], "did you mean 'optimizer'"),
         (["--strategy", "zero2", "--offload", "optimizer"], "two GPUs or more"),
         (["--gpus", "none"], "numbers above zero"),
-        (["--positions", "20"], "too few for one image"),
+        (["--positions", "20"], "too few for one clip of 9 frames"),
         (["--positions", "200", "--supervised", "190"], "more supervised tokens than text"),
     ],
 )
