@@ -67,7 +67,13 @@ def loss_and_gradients(config: RunConfig, batch: Batch) -> tuple[float, dict[str
 @pytest.mark.parametrize("trainable", [PROJECTION, FULL], ids=["projection", "full"])
 @pytest.mark.parametrize(
     "lever",
-    [{"attention": "banded"}, {"kernels": "lean"}, {"attention": "sdpa"}, {"attention": "auto", "kernels": "lean"}],
+    [
+        {"attention": "banded", "last_layers": "whole"},
+        {"attention": "banded", "last_layers": "needed"},
+        {"kernels": "lean"},
+        {"attention": "sdpa"},
+        {"attention": "auto", "kernels": "lean"},
+    ],
     ids=str,
 )
 def test_a_lever_moves_neither_loss_nor_gradients(
@@ -93,7 +99,7 @@ def test_a_lever_moves_neither_loss_nor_gradients(
 def test_the_trainers_attention_gets_a_layout_and_no_mask(
     tiny: TinyCheckpoint, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ):
-    seen: list[object] = []
+    seen: list[tuple[SequenceLayout, int | None]] = []
     banded = attention.banded_attention
 
     def spy(*args: Any, **kwargs: Any) -> Tensor:
@@ -102,8 +108,8 @@ def test_the_trainers_attention_gets_a_layout_and_no_mask(
 
     monkeypatch.setattr(attention, "banded_attention", spy)
     loss_and_gradients(config_of(tiny, PROJECTION), batch)
-    assert len({id(layout) for layout, _ in seen}) == 1
-    assert isinstance(seen[0][0], SequenceLayout)
+    layouts = {id(layout): layout for layout, _ in seen}.values()
+    assert [layout.asking is None for layout in layouts] == [True, False], "one for all layers but the last"
     assert {window for _, window in seen} == {128, None}
 
 

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.helpers.tiny import TinyCheckpoint
 from theworld_train.accounting.flops import StepModel, StepSettings, StepShape, step_work
+from theworld_train.assemble.model import attention_of
 from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config import load_run_config
 from theworld_train.config.components import Component
@@ -31,12 +32,14 @@ from theworld_train.model.adapters import adapter_parameters
 from theworld_train.model.build import build_on_meta, gemma_4b_config
 from theworld_train.model.components import component_modules
 from theworld_train.model.configuration import TheWorldConfig
+from theworld_train.model.last_layers import make_trimmed
 from theworld_train.train.freeze import apply_trainable
 from theworld_train.train.ledger import add_adapters, trainable_components
 from theworld_train.train.loss import num_chunks
 from theworld_train.train.stage import StageModule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PHASES = ("encode", "forward", "recompute")
 STAGES = ("projection", "vision", "language", "full")
 
 
@@ -122,9 +125,11 @@ def batch(architecture: TheWorldConfig, shape: StepShape) -> Batch:
     )
 
 
-def counted(config: RunConfig, model: TheWorld, shape: StepShape) -> dict[str, int]:
+def counted(config: RunConfig, model: TheWorld, shape: StepShape, *, trims: bool = False) -> dict[str, int]:
     """FLOPs of a training step by PyTorch's operators."""
     trainable = trainable_components(config)
+    if trims:
+        make_trimmed(model.model.language_model)
     apply_trainable(model, trainable, config.precision)
     chunk_size = config.training.loss_chunk_size
     stage = StageModule(
@@ -133,6 +138,7 @@ def counted(config: RunConfig, model: TheWorld, shape: StepShape) -> dict[str, i
         precision=config.precision,
         chunk_size=chunk_size,
         gradient_checkpointing=config.training.gradient_checkpointing,
+        trims=trims,
     )
     stage.set_training_modes()
     inputs = batch(model.config, shape)
@@ -205,6 +211,28 @@ def test_a_real_step_of_the_tiny_model(name: str, enabled: bool, quickstart_mode
         shape = StepShape(2, 90, supervised=20, frames=5)
         truth = counted(config, model, shape)
     assert_agree(config, model.config, shape, "eager", truth)
+
+
+@checkpointed
+@pytest.mark.parametrize("positions", [90, 260])
+def test_last_layers_that_compute_what_is_needed(enabled: bool, positions: int, quickstart_model: TinyCheckpoint):
+    config = stage_config("quickstart", "projection", enabled)
+    model = quickstart_model.theworld(attn_implementation=attention_of(config))
+    shape = StepShape(2, positions, supervised=20, frames=5)
+    with sdpa_kernel(SDPBackend.MATH):
+        truth = counted(config, model, shape, trims=True)
+    settings = StepSettings(
+        trainable=frozenset(trainable_components(config)),
+        gradient_checkpointing=enabled,
+        attention="banded",
+        trims=True,
+    )
+    work = step_work(StepModel.from_config(model.config.to_dict()), shape, settings)
+    products = sum(flops for name, flops in truth.items() if "convolution" not in name)
+    # Without a fused kernel attention takes two products backward for each forward.
+    scores = {phase: sum(o.flops for o in work.operations if (o.kind, o.phase) == ("sdpa", phase)) for phase in PHASES}
+    attention = scores["encode"] + 3 * scores["forward"] + scores["recompute"]
+    assert products == work.flops_by("kind")["matmul"] + attention
 
 
 @checkpointed

@@ -147,6 +147,8 @@ class Decoder(Architecture):
         qk_norm: Whether queries and keys are normalised per head.
         sliding_window: Tokens that a windowed layer sees; None if every layer sees all.
         num_full_attention_layers: Layers that see all tokens although there is a window.
+        num_last_windowed_layers: Layers with a window behind the last one that sees all tokens; None if those that do
+            are every so many layers, as in Gemma 3.
     """
 
     hidden_size: int
@@ -167,6 +169,7 @@ class Decoder(Architecture):
     qk_norm: bool = False
     sliding_window: int | None = None
     num_full_attention_layers: int = 0
+    num_last_windowed_layers: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError: if a size is not positive or one does not divide another that it must divide."""
@@ -220,6 +223,17 @@ class Decoder(Architecture):
     def num_windowed_layers(self) -> int:
         """Layers that see only `sliding_window` tokens."""
         return self.num_hidden_layers - self.num_full_attention_layers if self.sliding_window is not None else 0
+
+    @property
+    def last_windows(self) -> tuple[int | None, ...]:
+        """Windows of the last layers, the last one first, up to the first among them that sees all tokens."""
+        last, full = self.num_last_windowed_layers, self.num_full_attention_layers
+        if self.sliding_window is None:
+            last = 0
+        elif last is None:
+            last = self.num_hidden_layers % (self.num_hidden_layers // full) if full else self.num_hidden_layers
+        windows = (*[self.sliding_window] * last, None)
+        return windows[: self.num_hidden_layers]
 
     @property
     def num_language_parameters(self) -> int:

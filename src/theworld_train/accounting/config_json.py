@@ -168,12 +168,13 @@ def _gemma3_text(config: Mapping[str, Any], source: str, prefix: str = "") -> De
     kinds, every = config.get("layer_types"), config.get("sliding_window_pattern", 6)
     if isinstance(kinds, list):
         full = kinds.count("full_attention")
+        last = kinds[::-1].index("full_attention") if full else len(kinds)
     elif isinstance(every, int) and every > 0:
-        full = decoder.num_hidden_layers // every
+        full, last = divmod(decoder.num_hidden_layers, every)
     else:
         key = f"{prefix}sliding_window_pattern"
         raise ConfigError(Problem("must be a positive whole number", source, key, every))
-    return replace(decoder, num_full_attention_layers=full)
+    return replace(decoder, num_full_attention_layers=full, num_last_windowed_layers=last)
 
 
 def _siglip(config: Mapping[str, Any], source: str, prefix: str = "") -> VisionTransformer:

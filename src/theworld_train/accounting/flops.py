@@ -169,6 +169,8 @@ class StepSettings:
         world_encoder_precision: The world encoder's while it is frozen; it trains in fp32.
         cached: Frozen encoders whose outputs are read instead of computed.
         optimizer_shards: Ranks among which the optimizer's work is split: all that share its state.
+        trims: Whether the last layers compute the positions alone that the loss depends on; the supervised ones of a
+            sample are taken to be its last.
         adapters: Parameters of low-rank adapters, of trainable components whose own weights are frozen.
     """
 
@@ -180,6 +182,7 @@ class StepSettings:
     world_encoder_precision: Precision = "fp32"
     cached: frozenset[Component] = frozenset()
     optimizer_shards: int = 1
+    trims: bool = False
     adapters: Mapping[Component, int] = field(default_factory=dict)
 
 
@@ -213,7 +216,8 @@ class StepWork:
 
     Attributes:
         operations: The operations.
-        useful_flops: What the mathematics of the step needs: no recomputation and no pair that a mask hides.
+        useful_flops: What the mathematics of the step needs: no recomputation, no pair that a mask hides, and of the
+            last layers no more than is computed.
         tokens: Positions of the step.
     """
 
@@ -330,7 +334,8 @@ def _language(
     decoder, size = model.language_model, _SIZE[settings.precision]
     supervised = shape.micro_batch_size * shape.supervised
     chunks = max(1, -(-supervised // settings.chunk_size))
-    layers = decoder_pieces(decoder, shape.micro_batch_size, shape.positions, attention, size)
+    needed = shape.supervised if settings.trims else None
+    layers = decoder_pieces(decoder, shape.micro_batch_size, shape.positions, attention, size, needed)
     head = head_pieces(decoder, supervised, chunks, size)
     if not settings.trainable:
         layers, head = without_input_gradient(layers), without_input_gradient(head)

@@ -91,34 +91,51 @@ def traffic(part: str, elements: int, bytes_per_element: int, kernels: int) -> P
     return Piece(part, "elementwise", 0, elements * bytes_per_element, kernels, has_weights=False, input_gradient=2.0)
 
 
-def attended_pairs(positions: int, window: int | None, attention: AttentionWork) -> int:
+class Span(NamedTuple):
+    """Positions of a sequence.
+
+    Attributes:
+        start: The first.
+        end: The one behind the last.
+    """
+
+    start: int
+    end: int
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return self.end - self.start
+
+
+def attended_pairs(positions: int, window: int | None, attention: AttentionWork, queries: Span | None = None) -> int:
     """Returns the pairs of positions whose scores one head of one sequence computes.
 
     Args:
         positions: Length of the sequence.
         window: Positions that each one sees, itself included; None for all before it.
         attention: How scores are computed.
+        queries: The positions that ask; all if absent.
     """
+    start, end = queries or (0, positions)
+    seen = positions if window is None else window
     if attention.kind == "banded":
-        starts = range(0, positions, BANDED_BLOCK)
-        blocks = [(start, min(positions, start + BANDED_BLOCK)) for start in starts]
-        seen = window or positions
-        firsts = (max(0, start - seen + 1) // BANDED_ALIGNMENT * BANDED_ALIGNMENT for start, _ in blocks)
-        return sum((end - start) * (end - first) for (start, end), first in zip(blocks, firsts, strict=True))
+        return _pairs_of_blocks(positions, seen, (start, end), BANDED_BLOCK, BANDED_ALIGNMENT)
     if attention.kind != "structured":
-        return positions**2
-    pairs = _causal_pairs(positions, positions if window is None else window, attention.block)
-    # Above the diagonal of an image's block, which causal order leaves out.
-    return pairs + sum(tokens * (tokens - 1) // 2 for tokens in attention.image_tokens)
+        return positions * (end - start)
+    pairs = _pairs_of_blocks(positions, seen, (start, end), attention.block, attention.block)
+    # Above the diagonal of an image's block, which causal order leaves out; few images lie among the last positions.
+    return pairs if queries else pairs + sum(tokens * (tokens - 1) // 2 for tokens in attention.image_tokens)
 
 
 @cache
-def _causal_pairs(positions: int, window: int, block: int) -> int:
+def _pairs_of_blocks(positions: int, window: int, queries: tuple[int, int], block: int, alignment: int) -> int:
+    """Returns the pairs of blocks of queries, each with its keys; these begin and end at multiples of an alignment."""
     pairs = 0
-    for start in range(0, positions, block):
-        end = min(start + block, positions)
-        first = max(0, start - window + 1) // block * block
-        pairs += (end - start) * (end - first)
+    for start in range(*queries, block):
+        end = min(start + block, queries[1])
+        first = max(0, start - window + 1) // alignment * alignment
+        pairs += (end - start) * (min(positions, -(-end // alignment) * alignment) - first)
     return pairs
 
 
@@ -130,6 +147,7 @@ def attention_scores(
     head_dim: int,
     size: int,
     *,
+    queries: int | None = None,
     masked: bool = False,
 ) -> Piece:
     """Returns scores and their product with the values, without projections.
@@ -143,10 +161,12 @@ def attention_scores(
         pairs: Pairs of positions that one head of one sequence computes.
         head_dim: Features of a head.
         size: Bytes of an element.
+        queries: Positions that ask; all if absent.
         masked: Whether a dense mask is read.
     """
     batch, heads, positions = shape
-    tensors = 2 * batch * positions * (heads + key_value_heads) * head_dim * size
+    asking = positions if queries is None else queries
+    tensors = 2 * batch * (asking * heads + positions * key_value_heads) * head_dim * size
     computed: Kind = "sdpa" if kind == "banded" else kind
     per_pair = _EAGER_PAIR if kind == "eager" else _SDPA_PAIR if computed == "sdpa" and masked else 0
     return Piece(
@@ -160,8 +180,51 @@ def attention_scores(
     )
 
 
+class Layers(NamedTuple):
+    """Layers that compute alike.
+
+    Attributes:
+        number: How many there are.
+        window: Positions that each one sees; None for all before it.
+        positions: Positions that they read, whose keys and values they make.
+        queries: Those among them that they compute.
+    """
+
+    number: int
+    window: int | None
+    positions: int
+    queries: Span
+
+
+def decoder_layers(decoder: Decoder, positions: int, needed: int | None = None) -> list[Layers]:
+    """Returns the layers of a decoder by what they compute.
+
+    Args:
+        decoder: Its sizes.
+        positions: Tokens of a sequence.
+        needed: Positions whose output is needed, the last ones but for the very last, which predicts nothing; the last
+            layers compute what they are made from alone. None if all layers compute everything.
+    """
+    whole = {decoder.sliding_window: decoder.num_windowed_layers}
+    whole[None] = decoder.num_hidden_layers - decoder.num_windowed_layers
+    trimmed, queries = [], positions if needed is None else max(1, needed)
+    for index, window in enumerate(decoder.last_windows):
+        if queries >= positions:
+            break
+        if window is None or index + 1 == decoder.num_hidden_layers:
+            trimmed.append(Layers(1, window, positions, Span(positions - 1 - queries, positions - 1)))
+            queries = positions
+        else:
+            read = min(positions - 1, queries + window - 1)
+            trimmed.append(Layers(1, window, read, Span(read - queries, read)))
+            queries = read
+        whole[window] -= 1
+    everything = Span(0, positions)
+    return [*(Layers(number, window, positions, everything) for window, number in whole.items() if number), *trimmed]
+
+
 def decoder_pieces(
-    decoder: Decoder, batch: int, positions: int, attention: AttentionWork, size: int
+    decoder: Decoder, batch: int, positions: int, attention: AttentionWork, size: int, needed: int | None = None
 ) -> tuple[Piece, ...]:
     """Returns the layers of a decoder, without embedding and head.
 
@@ -171,28 +234,44 @@ def decoder_pieces(
         positions: Tokens of each.
         attention: How it attends.
         size: Bytes of an element.
+        needed: As in `decoder_layers`.
     """
-    tokens, hidden = batch * positions, decoder.hidden_size
+    layers = decoder_layers(decoder, positions, needed)
+    return tuple(piece for alike in layers for piece in _layer_pieces(decoder, batch, alike, attention, size))
+
+
+def _layer_pieces(decoder: Decoder, batch: int, layers: Layers, attention: AttentionWork, size: int) -> list[Piece]:
+    hidden, inner = decoder.hidden_size, decoder.intermediate_size
     heads, key_value_heads = decoder.num_attention_heads, decoder.num_key_value_heads
-    queries, keys, inner = heads * decoder.head_dim, key_value_heads * decoder.head_dim, decoder.intermediate_size
-    layers, windowed = decoder.num_hidden_layers, decoder.num_windowed_layers
-    scores = []
-    for number, window in ((windowed, decoder.sliding_window), (layers - windowed, None)):
-        pairs = attended_pairs(positions, window, attention)
-        shape = (batch, heads, positions)
-        one = attention_scores(attention.kind, shape, key_value_heads, pairs, decoder.head_dim, size, masked=True)
-        scores.append(one.times(number))
-    per_layer = [
-        multiply("attention", tokens, hidden, queries, size),
-        multiply("attention", tokens, hidden, keys, size).times(2),
-        multiply("attention", tokens, queries, hidden, size),
-        traffic("attention", tokens * (queries + keys), _ROTARY + (_RMS_NORM if decoder.qk_norm else 0), 24),
-        multiply("mlp", tokens, hidden, inner, size).times(2 if decoder.gated_mlp else 1),
-        multiply("mlp", tokens, inner, hidden, size),
-        traffic("mlp", tokens * inner, _GATE if decoder.gated_mlp else _GELU, 2),
-        traffic("norms", tokens * hidden, decoder.norms_per_layer * _RMS_NORM + 2 * _RESIDUAL, 34),
+    query_width, key_width = heads * decoder.head_dim, key_value_heads * decoder.head_dim
+    read, computed = batch * layers.positions, batch * layers.queries.number
+    whole = layers.queries.number == layers.positions
+    pairs = attended_pairs(layers.positions, layers.window, attention, None if whole else layers.queries)
+    rotary = _ROTARY + (_RMS_NORM if decoder.qk_norm else 0)
+    # Of a layer's norms the first one is over all that it reads.
+    normed = (read + (decoder.norms_per_layer - 1) * computed) * hidden
+    pieces = [
+        attention_scores(
+            attention.kind,
+            (batch, heads, layers.positions),
+            key_value_heads,
+            pairs,
+            decoder.head_dim,
+            size,
+            queries=layers.queries.number,
+            masked=True,
+        ),
+        multiply("attention", computed, hidden, query_width, size),
+        multiply("attention", read, hidden, key_width, size).times(2),
+        multiply("attention", computed, query_width, hidden, size),
+        traffic("attention", computed * query_width + read * key_width, rotary, 24),
+        multiply("mlp", computed, hidden, inner, size).times(2 if decoder.gated_mlp else 1),
+        multiply("mlp", computed, inner, hidden, size),
+        traffic("mlp", computed * inner, _GATE if decoder.gated_mlp else _GELU, 2),
+        traffic("norms", normed, _RMS_NORM, 34),
+        traffic("norms", computed * hidden, 2 * _RESIDUAL, 0),
     ]
-    return (*scores, *(piece.times(layers) for piece in per_layer))
+    return [piece.times(layers.number) for piece in pieces]
 
 
 def head_pieces(decoder: Decoder, supervised: int, chunks: int, size: int) -> tuple[Piece, ...]:

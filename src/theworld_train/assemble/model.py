@@ -20,6 +20,7 @@ from theworld_train.model.build import build_on_meta, describe_architecture
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
 from theworld_train.model.kernels import find_compiler, make_lean
+from theworld_train.model.last_layers import make_trimmed
 from theworld_train.train.checkpoint import (
     Base,
 )
@@ -130,6 +131,12 @@ def attention_of(config: RunConfig) -> dict[str, str]:
     return {"text_config": language, "vision_config": "eager" if chosen == "eager" else "sdpa"}
 
 
+def trims_last_layers(config: RunConfig) -> bool:
+    """Whether the last layers of a run compute the positions alone that its loss depends on."""
+    blocks = attention_of(config)["text_config"] in (BANDED, FLEX) and config.training.loss == "chunked"
+    return blocks if config.model.last_layers == "auto" else config.model.last_layers == "needed"
+
+
 def _check_means(config: RunConfig, *, trains: bool) -> None:
     """Refuses ways to compute that the base or the machine does not go with; only training drops out."""
     text = cast(Gemma3TextConfig, describe_model(config).text_config)
@@ -159,6 +166,8 @@ def ledger_of(config: RunConfig) -> ParameterLedger:
 
 def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> StageModule:
     """Returns the module of a run's training step around a model that `apply_trainable` has prepared."""
+    if trims := trims_last_layers(config):
+        make_trimmed(model.model.language_model)
     if config.model.kernels != "plain":
         make_lean(model.model.language_model, compiled=config.model.kernels == "compiled")
     return StageModule(
@@ -169,6 +178,7 @@ def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> S
         gradient_checkpointing=config.training.gradient_checkpointing,
         activation_offload=config.training.activation_offload,
         reference=config.training.loss == "reference_4_56",
+        trims=trims,
     )
 
 

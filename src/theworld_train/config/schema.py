@@ -68,6 +68,10 @@ class ModelSection(Section):
     kernels: Literal["lean", "compiled", "plain"] = "lean"
     """`lean`: norms and gated activations that keep less for the backward pass; `compiled`: the same, each fused by
     torch.compile when it is first used, which needs a C compiler and half a minute; `plain`: those of transformers."""
+    last_layers: Literal["auto", "needed", "whole"] = "auto"
+    """What the last layer without a window and the layers behind it compute: the positions that the loss depends on
+    (`needed`), or all (`whole`). Loss and gradients are the same. `needed` takes attention in blocks and the chunked
+    loss; `auto` is `needed` with these, and `whole` without."""
     world: WorldConfig = WorldConfig()
     """The world path."""
 
@@ -381,6 +385,17 @@ class RunConfig(Section):
     def _check_kernels(self) -> RunConfig:
         if self.deterministic and self.model.kernels == "compiled":
             raise ValueError("deterministic: true needs model.kernels: lean or plain; what a compiler makes may differ")
+        return self
+
+    @model_validator(mode="after")
+    def _check_last_layers(self) -> RunConfig:
+        if self.model.last_layers == "needed":
+            if self.model.attention in ("sdpa", "eager"):
+                raise ValueError(
+                    f"model.last_layers: needed takes model.attention: auto, banded or flex; got {self.model.attention}"
+                )
+            if self.training.loss == "reference_4_56":
+                raise ValueError("model.last_layers: needed takes training.loss: chunked; got reference_4_56")
         return self
 
     @model_validator(mode="after")

@@ -6,8 +6,8 @@ in sliding layers nothing that lies a window or more behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, cast
 
@@ -30,13 +30,21 @@ BANDED, FLEX = "theworld_banded", "theworld_flex"
 class SequenceLayout:
     """What each position of a batch belongs to; made once per micro-batch and read by every layer.
 
+    A layer that computes some positions alone has a layout of its own, of the positions that it reads.
+
     Attributes:
         documents: `(batch, sequence)` the document of each position, ascending; -1 where nothing real is.
         image_blocks: `(batch, sequence)` the image block of each position, ascending; -1 outside of images.
+        places: `(sequence,)` where in the whole sequence the positions are, ascending; None if they are all of it.
+        asking: `(queries,)` indices of the positions that the layer computes; None for all.
+        last: Layouts of the last layers that have one of their own, by the number of the layer.
     """
 
     documents: Tensor
     image_blocks: Tensor
+    places: Tensor | None = None
+    asking: Tensor | None = None
+    last: Mapping[int, SequenceLayout] = field(default_factory=dict)
     _made: dict[tuple[object, ...], Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -63,14 +71,64 @@ class SequenceLayout:
             window: Keys that a sliding layer sees, the query itself included; None if the layer sees all.
         """
         queries, keys = slice(*query), slice(*key)
-        device = self.documents.device
-        row = torch.arange(*query, device=device)[:, None]
-        column = torch.arange(*key, device=device)[None, :]
-        blocks = self.image_blocks[:, queries, None]
+        places = self._places()
+        row, column = self._of_asking(places)[queries, None], places[None, keys]
+        blocks = self._of_asking(self.image_blocks)[:, queries, None]
         seen = (column <= row) | ((blocks == self.image_blocks[:, None, keys]) & (blocks >= 0))
         if window is not None:
             seen &= column > row - window
-        return seen & (self.documents[:, queries, None] == self.documents[:, None, keys])
+        return seen & (self._of_asking(self.documents)[:, queries, None] == self.documents[:, None, keys])
+
+    def trimmed(self, needed: Tensor, windows: Sequence[int | None]) -> SequenceLayout:
+        """Returns the layout with those of the last layers, which compute what is needed of them alone.
+
+        Of the last layer that is what is asked for, of the one before it what the last one sees from there, and so on
+        to the first layer without a window, whose queries may see everything.
+
+        Args:
+            needed: `(batch, sequence)` bool, positions whose output of the last layer is needed.
+            windows: Of each layer, as in `allowed`.
+        """
+        length, everything = self.documents.shape[1], self._places()
+        # Every rank and every micro-batch calls every layer, so one position is computed where none is needed.
+        needed = needed | ((everything == 0) & ~needed.any())
+        asked = needed.any(0).nonzero()[:, 0]
+        last: dict[int, SequenceLayout] = {}
+        for layer in reversed(range(len(windows))):
+            if len(asked) == length:
+                break
+            window, places = windows[layer], everything
+            if window is not None and layer > 0:
+                needed = self._seen_by(needed, window)
+                places = needed.any(0).nonzero()[:, 0]
+            asking = torch.searchsorted(places, asked)
+            last[layer] = SequenceLayout(self.documents[:, places], self.image_blocks[:, places], places, asking)
+            asked = places
+        return replace(self, last=last)
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """Where in the sequence the outputs of the last layer are, `(positions,)`; None if it computes all."""
+        if not self.last:
+            return None
+        layout = self.last[max(self.last)]
+        return layout._of_asking(layout._places())
+
+    def _seen_by(self, asking: Tensor, window: int | None) -> Tensor:
+        """Returns which positions some of them see, `(batch, sequence)`; those in between count as seen."""
+        index = torch.arange(self.documents.shape[1], device=self.documents.device)
+        first, end = self._reach(window)
+        behind = first.where(asking, len(index)).flip(-1).cummin(-1).values.flip(-1) <= index
+        return behind | (end.where(asking, 0).cummax(-1).values > index)
+
+    def _places(self) -> Tensor:
+        return (
+            torch.arange(self.documents.shape[1], device=self.documents.device) if self.places is None else self.places
+        )
+
+    def _of_asking(self, tensor: Tensor) -> Tensor:
+        """Returns what `(..., sequence)` holds at the positions that ask."""
+        return tensor if self.asking is None else tensor[..., self.asking]
 
     def stretches(self, window: int | None) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Returns blocks of queries, each with the shortest stretch of keys that holds all they may see."""
@@ -80,7 +138,8 @@ class SequenceLayout:
         found: list[tuple[tuple[int, int], tuple[int, int]]] = self._made[name]
         return found
 
-    def _stretches(self, window: int | None) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    def _reach(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """Returns the first key that each position sees, and the end behind the last, both `(batch, sequence)`."""
         length = self.documents.shape[1]
         place = torch.arange(length, device=self.documents.device).expand_as(self.documents)
         # Of a document the first position, of an image block the end; padding sees no further than itself.
@@ -91,15 +150,21 @@ class SequenceLayout:
         next_close = (place + 1).where(closes, length).flip(-1).cummin(-1).values.flip(-1)
         end = next_close.where(self.image_blocks >= 0, place + 1)
         if window is not None:
-            first = first.maximum(place - window + 1)
+            opening = self._places() - window + 1
+            first = first.maximum(opening if self.places is None else torch.searchsorted(self.places, opening))
+        return first, end
+
+    def _stretches(self, window: int | None) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        first, end = (self._of_asking(tensor) for tensor in self._reach(window))
+        queries, length = first.shape[1], self.documents.shape[1]
         # The values of a few blocks are read, not those of all positions: which takes a GPU no time.
         firsts = torch.stack([block.amin() for block in first.split(BANDED_BLOCK, 1)]).tolist()
         ends = torch.stack([block.amax() for block in end.split(BANDED_BLOCK, 1)]).tolist()
         found = []
-        for start, first_key, end_key in zip(range(0, length, BANDED_BLOCK), firsts, ends, strict=True):
+        for start, first_key, end_key in zip(range(0, queries, BANDED_BLOCK), firsts, ends, strict=True):
             # Kernels copy what is added to the scores where its rows are no multiple of so many keys.
             keys = first_key // BANDED_ALIGNMENT * BANDED_ALIGNMENT, -(-end_key // BANDED_ALIGNMENT) * BANDED_ALIGNMENT
-            found.append(((start, min(length, start + BANDED_BLOCK)), (keys[0], min(length, keys[1]))))
+            found.append(((start, min(queries, start + BANDED_BLOCK)), (keys[0], min(length, keys[1]))))
         return found
 
     def bias(self, index: int, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
@@ -126,19 +191,21 @@ class SequenceLayout:
         """Returns the block mask of FlexAttention."""
         name = ("block_mask", window)
         if name not in self._made:
-            documents, blocks = self.documents, self.image_blocks
+            documents, blocks, places = self.documents, self.image_blocks, self._places()
+            asking_documents, asking_blocks = self._of_asking(documents), self._of_asking(blocks)
+            asking_places = self._of_asking(places)
 
             def seen(batch: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-                same_image = (blocks[batch, row] == blocks[batch, column]) & (blocks[batch, row] >= 0)
-                near = (column <= row) | same_image
+                block = asking_blocks[batch, row]
+                near = (places[column] <= asking_places[row]) | ((block == blocks[batch, column]) & (block >= 0))
                 if window is not None:
-                    near = near & (column > row - window)
-                return near & (documents[batch, row] == documents[batch, column])
+                    near = near & (places[column] > asking_places[row] - window)
+                return near & (asking_documents[batch, row] == documents[batch, column])
 
             batch, length = documents.shape
             # Compiled, it never holds all pairs.
             self._made[name] = create_block_mask(
-                seen, batch, None, length, length, device=documents.device, _compile=documents.is_cuda
+                seen, batch, None, len(asking_places), length, device=documents.device, _compile=documents.is_cuda
             )
         made: BlockMask = self._made[name]
         return made
@@ -150,15 +217,15 @@ def banded_attention(
     """Computes attention block by block of queries, each over the keys that it can see.
 
     Args:
-        query: `(batch, heads, sequence, head size)`.
+        query: `(batch, heads, queries, head size)`, of the positions that ask.
         key: `(batch, key-value heads, sequence, head size)`.
         value: Like `key`.
-        layout: Of the batch.
+        layout: Of the batch, or of the layer.
         window: Keys that a query sees at most, itself included; None if there is no limit.
         scale: Factor on the scores.
 
     Returns:
-        `(batch, sequence, heads, head size)`.
+        `(batch, queries, heads, head size)`.
     """
     batch, heads, _, size = query.shape
     kv_heads = key.shape[1]

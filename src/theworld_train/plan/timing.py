@@ -11,7 +11,7 @@ from theworld_train.accounting.gpus import Efficiencies, GpuSpec, efficiencies
 from theworld_train.accounting.pieces import Attention
 from theworld_train.accounting.step_time import RunTime, StepTime, run_time, step_time
 from theworld_train.assemble.encoded import kept_encoders
-from theworld_train.assemble.model import describe_model
+from theworld_train.assemble.model import describe_model, trims_last_layers
 from theworld_train.config.schema import RunConfig
 from theworld_train.plan.advice import Setting
 from theworld_train.plan.dry_run import DryRun
@@ -91,6 +91,7 @@ def planned_work(config: RunConfig, dry: DryRun, setting: Setting) -> StepWork:
             precision="fp32" if config.precision == "fp32" else "bf16",
             world_encoder_precision="bf16" if config.model.world.encoder_dtype == "bfloat16" else "fp32",
             cached=kept_encoders(config),
+            trims=trims_last_layers(config),
             optimizer_shards=1 if setting.strategy.name == "ddp" else setting.ranks,
             adapters={
                 component: sum(p.numel for p in dry.parameters if p.trains and p.component == component)

@@ -35,6 +35,11 @@ def num_chunks(num_supervised: int, chunk_size: int) -> int:
     return max(1, -(-num_supervised // chunk_size))
 
 
+def next_tokens(labels: Tensor) -> Tensor:
+    """Returns the label of the position behind each, `(batch, sequence)`; -100 at the last one."""
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
 def supervised_loss(
     hidden: Tensor,
     labels: Tensor,
@@ -42,6 +47,7 @@ def supervised_loss(
     *,
     chunk_size: int,
     chunks: int,
+    places: Tensor | None = None,
     never_generated: Sequence[int] = (),
     want_predictions: bool = False,
     frozen_head: bool = False,
@@ -52,11 +58,12 @@ def supervised_loss(
     a frozen head: its gradient with respect to the hidden states is taken while the logits are there.
 
     Args:
-        hidden: `(batch, sequence, hidden)`, the language model's output.
+        hidden: `(batch, sequence, hidden)`, the language model's output, or what `places` has of it.
         labels: `(batch, sequence)`, -100 where not supervised; the token itself elsewhere.
         head: Maps hidden states to logits; called as a module, so that engines that shard it can gather it.
         chunk_size: Positions in a chunk.
         chunks: Chunks to compute, at least as many as needed; surplus ones are empty. All ranks pass the same number.
+        places: `(positions,)` where in the sequence the hidden states are, if they are not all of it.
         never_generated: Ids that generation suppresses, which therefore cannot be predictions.
         want_predictions: Whether to return predictions.
         frozen_head: Whether the head has no gradient and is not gathered by an engine, whose hooks belong to backward
@@ -65,8 +72,9 @@ def supervised_loss(
     Returns:
         The summed loss and, if asked for, the predictions in row-major order of the supervised positions.
     """
-    places = labels[:, 1:] != IGNORE_INDEX
-    states, targets = hidden[:, :-1][places], labels[:, 1:][places]
+    targets = next_tokens(labels) if places is None else next_tokens(labels)[:, places]
+    supervised = targets != IGNORE_INDEX
+    states, targets = hidden[supervised], targets[supervised]
     assert len(targets) <= chunks * chunk_size, f"{len(targets)} supervised positions do not fit {chunks} chunks"
     if frozen_head and not want_predictions and torch.is_grad_enabled() and hidden.requires_grad:
         total: Tensor = _FrozenHeadLoss.apply(states, targets, head, min(chunk_size, FROZEN_CHUNK))  # type: ignore[no-untyped-call]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from theworld_train.accounting.tokens import latent_frames
-from theworld_train.batch import Batch
+from theworld_train.batch import IGNORE_INDEX, Batch
 from theworld_train.config.components import Component
 from theworld_train.config.schema import GradientCheckpointing
 from theworld_train.model.attention import BANDED, FLEX, SequenceLayout
 from theworld_train.model.components import TRAITS, component_modules
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.train.freeze import Precision, set_modes
-from theworld_train.train.loss import LossOutput, reference_loss, supervised_loss
+from theworld_train.train.loss import LossOutput, next_tokens, reference_loss, supervised_loss
 from theworld_train.train.recompute import enable_checkpointing
 
 
@@ -63,6 +63,7 @@ class StageModule(nn.Module):
         gradient_checkpointing: GradientCheckpointing,
         activation_offload: bool = False,
         reference: bool = False,
+        trims: bool = False,
     ) -> None:
         """Builds the stage around a model that `apply_trainable` has prepared.
 
@@ -74,6 +75,8 @@ class StageModule(nn.Module):
             gradient_checkpointing: What each tower recomputes in the backward pass.
             activation_offload: Whether what checkpointed layers start from waits in host memory.
             reference: Whether training computes its loss as transformers 4.56 does.
+            trims: Whether the last layers compute the positions alone that the loss depends on; the model's layers
+                and attention can.
         """
         super().__init__()
         modules = component_modules(model)
@@ -84,7 +87,7 @@ class StageModule(nn.Module):
         self.chunk_size = chunk_size
         #: Whether every call runs every component inside, as engines need it that gather weights; they set it.
         self.lockstep = False
-        self._reference = reference
+        self._reference, self._trims = reference, trims
         self._autocasts = precision == "bf16"
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._model = (model,)  # a tuple hides the whole model from the module's own children
@@ -172,12 +175,13 @@ class StageModule(nn.Module):
             chunks: Chunks of the loss, equal on all ranks.
             want_predictions: Whether to return the most likely tokens too.
         """
-        model = self.model
+        model, layout = self.model, self._layout(batch)
+        text: Any = model.config.text_config
         with self._autocast(batch.input_ids.device):
             embeds = self._embed(batch, features).to(self._dtype)
             hidden = model.model(
                 inputs_embeds=embeds,
-                attention_mask=self._mask(batch),
+                attention_mask=batch.attention_mask if layout is None else dict.fromkeys(text.layer_types, layout),
                 position_ids=batch.position_ids,
                 token_type_ids=batch.token_type_ids,
                 use_cache=False,
@@ -190,17 +194,22 @@ class StageModule(nn.Module):
                 model.lm_head,
                 chunk_size=self.chunk_size,
                 chunks=chunks,
+                places=None if layout is None else layout.outputs,
                 never_generated=model.config.world_token_ids if model.config.enable_world else (),
                 want_predictions=want_predictions,
                 frozen_head=not self.lockstep and not model.lm_head.weight.requires_grad,
             )
 
-    def _mask(self, batch: Batch) -> Tensor | dict[str, SequenceLayout]:
-        """Returns what the attention of the language model takes for a mask, by kind of layer."""
+    def _layout(self, batch: Batch) -> SequenceLayout | None:
+        """Returns what the attention of the language model takes in the place of a mask, or None if it takes masks."""
         config: Any = self.model.config.text_config
         if config._attn_implementation not in (BANDED, FLEX):
-            return batch.attention_mask
-        return dict.fromkeys(config.layer_types, SequenceLayout.of(batch.attention_mask, batch.token_type_ids))
+            return None
+        layout = SequenceLayout.of(batch.attention_mask, batch.token_type_ids)
+        if not self._trims:
+            return layout
+        windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+        return layout.trimmed(next_tokens(batch.labels) != IGNORE_INDEX, windows)
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         # A cached cast would stay until the pass ends: all weights in bf16 at once, beside their masters, although none

@@ -206,6 +206,18 @@ KEYS_OF_JSONL = "source, path, media_root, max_video_frames, window_s, sample_fp
             None,
         ),
         (
+            "model: {attention: sdpa, last_layers: needed}",
+            None,
+            "model.last_layers: needed takes model.attention: auto, banded or flex; got sdpa",
+            None,
+        ),
+        (
+            "model: {last_layers: needed}\ntraining: {loss: reference_4_56}",
+            None,
+            "model.last_layers: needed takes training.loss: chunked; got reference_4_56",
+            None,
+        ),
+        (
             "model: {attention: sdpa}\ntraining: {batching: packed}",
             None,
             "training.batching: packed needs model.attention: auto, banded or flex; sdpa would let the samples of a "
