@@ -9,19 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.nn.attention.flex_attention import flex_attention as _flex_attention
+from torch.nn.attention.flex_attention import flex_attention as flex_attention_of_torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from theworld_train.accounting.pieces import BANDED_ALIGNMENT, BANDED_BLOCK
 
+#: Versions of code that is compiled for one kind of mask; two of each of four cases, and some to spare.
+MOST_VERSIONS = 24
 #: Names of the two ways, as transformers knows them.
 BANDED, FLEX = "theworld_banded", "theworld_flex"
 
@@ -187,6 +191,10 @@ class SequenceLayout:
         made: Tensor = self._made[name]
         return made
 
+    def kind(self, window: int | None) -> str:
+        """Names the kind of mask that the layout makes of a window: what compiled code depends on besides shapes."""
+        return f"{'global' if window is None else window}_{'whole' if self.asking is None else 'trimmed'}"
+
     def block_mask(self, window: int | None) -> BlockMask:
         """Returns the block mask of FlexAttention."""
         name = ("block_mask", window)
@@ -203,10 +211,8 @@ class SequenceLayout:
                 return near & (asking_documents[batch, row] == documents[batch, column])
 
             batch, length = documents.shape
-            # Compiled, it never holds all pairs.
-            self._made[name] = create_block_mask(
-                seen, batch, None, len(asking_places), length, device=documents.device, _compile=documents.is_cuda
-            )
+            make = _compiled(_make_block_mask, self.kind(window)) if documents.is_cuda else _make_block_mask
+            self._made[name] = make(seen, batch, len(asking_places), length, documents.device)
         made: BlockMask = self._made[name]
         return made
 
@@ -267,16 +273,33 @@ def flex_attention(
 
     It is compiled on CUDA. Elsewhere it computes all pairs, and has no backward pass.
     """
-    compute: Any = _compiled_flex_attention() if query.is_cuda else _flex_attention
-    mask = layout.block_mask(window)
-    output: Tensor = compute(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+    attend = _compiled(_attend, layout.kind(window)) if query.is_cuda else _attend
+    output: Tensor = attend(query, key, value, layout.block_mask(window), scale)
     return output.transpose(1, 2)
 
 
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    return flex_attention_of_torch(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _make_block_mask(
+    seen: Callable[..., Tensor], batch: int, queries: int, keys: int, device: torch.device
+) -> BlockMask:
+    return create_block_mask(seen, batch, None, queries, keys, device=device)
+
+
 @cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    """Compiled in full: what is not compiled computes all pairs without a word."""
-    return torch.compile(_flex_attention, fullgraph=True)
+def _compiled(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Compiles a function in full, for one kind of mask: uncompiled, it would hold all pairs without a word.
+
+    PyTorch compiles a piece of code eight times, and then gives up. Each kind has code of its own, as versions are
+    looked up one after the other, and may have as many versions as there can be: with and without gradients, for one
+    sample and several, one block of queries and several, one block of keys and several.
+    """
+    code = function.__code__.replace(co_name=f"{function.__name__}_{kind}")
+    compiled = torch.compile(FunctionType(code, function.__globals__), fullgraph=True, dynamic=True)
+    limited: Callable[..., Any] = dynamo_config.patch(recompile_limit=MOST_VERSIONS)(compiled)
+    return limited
 
 
 # -- as transformers calls it -----------------------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -97,6 +101,35 @@ def test_flex_attention_computes_the_same(kind: str, window: int | None):
     actual, expected = (f(*tensors, layout, window=window, scale=0.3) for f in (flex_attention, banded_attention))
     real = layout.documents >= 0
     torch.testing.assert_close(actual[real], expected[real], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_flex_attention_is_compiled_for_all_shapes_that_a_kind_of_mask_has(monkeypatch: pytest.MonkeyPatch):
+    """Of one piece of code PyTorch refuses a ninth version unless it is told otherwise."""
+    versions = CompileCounter()  # as on CUDA, up to the making of kernels
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=versions))
+    attend = attention._compiled(attention._attend, "of-this-test")
+    shapes = [(100, 100), (100, 300), (200, 300)]  # one block of 128 and several
+    for batch, (queries, keys), gradient in product((1, 2), shapes, (False, True)):
+        query, key = (torch.randn(batch, heads, n, 16) for heads, n in ((4, queries), (2, keys)))
+        begin = keys - queries
+        mask = attention._make_block_mask(
+            lambda _batch, _head, row, column, begin=begin: column <= row + begin, batch, queries, keys, query.device
+        )
+        with torch.set_grad_enabled(gradient):
+            output = attend(query, key, key, mask, 0.3)
+        bias = torch.ones(queries, keys, dtype=torch.bool).tril(begin)
+        whole = functional.scaled_dot_product_attention(query, key, key, bias, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(output, whole, rtol=0, atol=1e-5)
+    assert versions.frame_count > 8
+
+
+def test_each_kind_of_mask_is_compiled_by_itself():
+    layout = SequenceLayout.of(torch.ones(1, LENGTH))
+    last = layout.trimmed(torch.arange(LENGTH)[None] > 50, [12, None, 12])
+    kinds = {of.kind(window) for of in (layout, last.last[2]) for window in (12, None)}
+    codes = {attention._compiled(attention._attend, kind) for kind in kinds}
+    assert len(codes) == len(kinds) == 4
 
 
 @pytest.mark.parametrize("window", [None, 12])
