@@ -6,10 +6,11 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ READ_BACK = 64
 HEADER_BYTES = 256
 #: Seconds between lines that say how far it is.
 SAY_S = 30.0
+#: Samples that a rank lists before the ranks tell one another what they have found.
+LISTED_TOGETHER = 1024
 
 
 @dataclass(frozen=True)
@@ -115,17 +118,17 @@ def encode(config: RunConfig, console: Console, only: Sequence[str] = (), *, ver
         if verify:
             with runtime.agreement():
                 work.verify()
-        with runtime.agreement():
-            own = work.list_own()
-        listings = sorted((item for rank in runtime.gather(own) for item in rank), key=lambda item: item.place)
+        share = work.find_share()
         stage = build_stage(model, config)
+        missing = sum(runtime.gather(share.sizes), Counter())
         with runtime.agreement():
-            missing = work.missing(listings)
             if runtime.is_main:
-                work.announce(listings, missing)
+                work.announce(share, missing)
         with runtime.agreement():
-            work.encode_own(stage, missing)
-        return work.report(listings, missing) if runtime.is_main else []
+            share.written.update(work.encode_share(stage, share))
+        ranks = runtime.gather(share.counts)
+        uses, found, written = (sum(counts, Counter[Component]()) for counts in zip(*ranks, strict=True))
+        return work.report(share, uses, found, written) if runtime.is_main else []
 
 
 def chosen_encoders(config: RunConfig, only: Sequence[str] = ()) -> tuple[Component, ...]:
@@ -186,6 +189,71 @@ def read_places(config: RunConfig, inputs: Inputs) -> list[Place]:
     return places
 
 
+@dataclass
+class _Share:
+    """The pictures of a run that fall to one rank, by their contents: it encodes those that are missing.
+
+    Attributes:
+        rank: The rank.
+        world_size: Ranks among which the pictures are divided.
+        kept: What was there before, by encoder.
+        missing: The pictures to encode, each under the first sample that has it.
+        uses: How often the run's samples hold pictures of this rank, by encoder.
+        found: Different pictures that were there already.
+        written: Pictures that have been encoded.
+        skipped: Samples that training leaves out, of all ranks.
+        first_skipped: Why the first of them.
+    """
+
+    rank: int
+    world_size: int
+    kept: Mapping[Component, frozenset[str] | EncodedFiles]
+    missing: dict[Place, list[Picture]] = field(default_factory=dict)
+    uses: Counter[Component] = field(default_factory=Counter)
+    found: Counter[Component] = field(default_factory=Counter)
+    written: Counter[Component] = field(default_factory=Counter)
+    skipped: int = 0
+    first_skipped: str = ""
+    _seen: dict[Component, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    def take(self, listings: Iterable[Listing]) -> None:
+        """Notes which pictures of some samples, in the order of the run, fall to this rank."""
+        for listing in listings:
+            if listing.skipped:
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or listing.skipped
+            for picture in listing.pictures:
+                if int(picture.digest[:8], 16) % self.world_size == self.rank:
+                    self._note(listing.place, picture)
+
+    def _note(self, place: Place, picture: Picture) -> None:
+        component, digest, _ = picture
+        self.uses[component] += 1
+        if digest in self._seen[component]:
+            return
+        self._seen[component].add(digest)
+        if digest in self.kept[component]:
+            self.found[component] += 1
+        else:
+            self.missing.setdefault(place, []).append(picture)
+
+    @property
+    def sizes(self) -> Counter[tuple[Component, int]]:
+        """How many pictures are missing, by encoder and frames."""
+        return Counter(
+            (picture.component, picture.frames) for pictures in self.missing.values() for picture in pictures
+        )
+
+    @property
+    def counts(self) -> tuple[Counter[Component], Counter[Component], Counter[Component]]:
+        """`uses`, `found` and `written`."""
+        return self.uses, self.found, self.written
+
+    def digests(self, component: Component) -> list[str]:
+        """Returns the different pictures of an encoder, sorted."""
+        return sorted(self._seen[component])
+
+
 @dataclass(frozen=True)
 class _Work:
     """One rank's part in filling a directory."""
@@ -197,40 +265,39 @@ class _Work:
     runtime: Runtime
     console: Console
 
-    def list_own(self) -> list[Listing]:
-        """Lists the pictures of this rank's share of the samples."""
-        places = read_places(self.config, self.inputs)[self.runtime.rank :: self.runtime.world_size]
-        workers = self.config.data.num_workers
+    def find_share(self) -> _Share:
+        """Lists the samples of the run, each rank its part, and returns the pictures that fall to this rank.
+
+        The ranks tell one another of a limited number of samples at a time, so none ever holds all of them.
+        """
+        world_size, collator = self.runtime.world_size, self.inputs.collator
+        with self.runtime.agreement():
+            kept = self._files()
+            places = read_places(self.config, self.inputs)
+        share, own = _Share(self.runtime.rank, world_size, kept), places[self.runtime.rank :: world_size]
         with closing(
-            list_pictures(self._sources, self.inputs.collator, list(self.recipes), places, workers)
+            list_pictures(self._sources, collator, list(self.recipes), own, self.config.data.num_workers)
         ) as listings:
-            return list(listings)
+            for _ in range(0, len(places), LISTED_TOGETHER * world_size):
+                with self.runtime.agreement():
+                    listed = list(islice(listings, LISTED_TOGETHER))
+                # Ranks take turns among the places, so that those of a round follow upon those of the round before.
+                together = (listing for rank in self.runtime.gather(listed) for listing in rank)
+                share.take(sorted(together, key=lambda listing: listing.place))
+        return share
 
-    def missing(self, listings: Sequence[Listing]) -> list[tuple[Place, list[Picture]]]:
-        """Returns the pictures that are not kept yet, each under the first sample that has it."""
-        seen = {(component, digest) for component, files in self._files().items() for digest in files.digests}
-        found: dict[Place, list[Picture]] = {}
-        for listing in listings:
-            for picture in listing.pictures:
-                if (picture.component, picture.digest) not in seen:
-                    seen.add((picture.component, picture.digest))
-                    found.setdefault(listing.place, []).append(picture)
-        return list(found.items())
-
-    def announce(self, listings: Sequence[Listing], missing: Sequence[tuple[Place, Sequence[Picture]]]) -> None:
+    def announce(self, share: _Share, missing: Counter[tuple[Component, int]]) -> None:
         """Says what will be written, and makes room for it: the recipes' folders.
 
         Raises:
             ConfigError: If it does not fit.
         """
-        skipped = [listing.skipped for listing in listings if listing.skipped]
-        if skipped:
-            samples = f"{len(skipped):,} sample{'s' if len(skipped) > 1 else ''}"
-            self._say(f"{samples} left out, as in training; the first one, {skipped[0]}")
-        sizes = Counter((picture.component, picture.frames) for _, pictures in missing for picture in pictures)
-        needed = sum(number * self._nbytes(*size) for size, number in sizes.items())
+        if share.skipped:
+            samples = f"{share.skipped:,} sample{'s' if share.skipped > 1 else ''}"
+            self._say(f"{samples} left out, as in training; the first one, {share.first_skipped}")
+        needed = sum(number * self._nbytes(*size) for size, number in missing.items())
         free = shutil.disk_usage(self.directory).free
-        self._say(f"{sizes.total():,} pictures to encode into {self.directory}: {needed:,} bytes, {free:,} are free")
+        self._say(f"{missing.total():,} pictures to encode into {self.directory}: {needed:,} bytes, {free:,} are free")
         if needed > free:
             hint = "free some, choose another directory, or keep one encoder's work alone with --only"
             message = f"what is missing takes {needed:,} bytes, but {free:,} are free there"
@@ -238,11 +305,11 @@ class _Work:
         for recipe in self.recipes.values():
             recipe.write(self.directory)
 
-    def encode_own(self, stage: StageModule, missing: Sequence[tuple[Place, list[Picture]]]) -> None:
-        """Encodes and writes this rank's share of what is missing."""
-        share = missing[self.runtime.rank :: self.runtime.world_size]
-        if not share:
-            return
+    def encode_share(self, stage: StageModule, share: _Share) -> Counter[Component]:
+        """Encodes and writes what is missing of this rank's share; returns how many of each encoder."""
+        missing, written = list(share.missing.items()), Counter[Component]()
+        if not missing:
+            return written
         device, made_on = self.runtime.device, {"device": self.runtime.device_name, "torch": torch.__version__}
         stage.set_training_modes()
         for component, module in component_modules(stage.model).items():
@@ -250,18 +317,20 @@ class _Work:
                 nn.Module.to(module, device)
         folders = {component: recipe.folder(self.directory) for component, recipe in self.recipes.items()}
         writers = {component: ShardWriter(folder, made_on) for component, folder in folders.items()}
-        total, done, said = sum(len(pictures) for _, pictures in share), 0, time.monotonic()
-        with closing(load_pictures(self._sources, self.inputs.collator, share, self.config.data.num_workers)) as loaded:
+        total, said = share.sizes.total(), time.monotonic()
+        workers = self.config.data.num_workers
+        with closing(load_pictures(self._sources, self.inputs.collator, missing, workers)) as loaded:
             for (component, digest, _), pixels in (pair for pairs in loaded for pair in pairs):
                 began = time.perf_counter()
                 encoded = stage.encode_alone(component, pixels.to(device)).cpu()
                 writers[component].add(digest, encoded, time.perf_counter() - began)
-                done += 1
+                written[component] += 1
                 if self.runtime.is_main and time.monotonic() - said > SAY_S:
                     said = time.monotonic()
-                    self._say(f"{done:,} of this process's {total:,} pictures")
+                    self._say(f"{written.total():,} of this process's {total:,} pictures")
         for writer in writers.values():
             writer.seal()
+        return written
 
     def verify(self) -> None:
         """Reads all that is there; the main rank does it.
@@ -276,22 +345,22 @@ class _Work:
             raise ConfigError(found)
         self._say(f"verified {sum(len(kept) for kept in files.values()):,} entries")
 
-    def report(self, listings: Sequence[Listing], missing: Sequence[tuple[Place, Sequence[Picture]]]) -> list[Kept]:
-        """Returns what is kept, once all ranks have written."""
+    def report(
+        self, share: _Share, uses: Counter[Component], found: Counter[Component], written: Counter[Component]
+    ) -> list[Kept]:
+        """Returns what is kept, once all ranks have written; reading is timed on this rank's share."""
         kept = []
         for component, files in self._files().items():
-            used = [p.digest for listing in listings for p in listing.pictures if p.component is component]
-            different = sorted(set(used))
             kept.append(
                 Kept(
                     component=component,
-                    new=sum(picture.component is component for _, pictures in missing for picture in pictures),
-                    entries=sum(digest in files for digest in different),
-                    uses=len(used),
+                    new=written[component],
+                    entries=found[component] + written[component],
+                    uses=uses[component],
                     nbytes=files.nbytes,
                     entry_bytes=files.nbytes / max(1, len(files)),
                     encode_s=files.seconds / max(1, len(files)),
-                    read_s=_seconds_to_read(files, different),
+                    read_s=_seconds_to_read(files, [each for each in share.digests(component) if each in files]),
                 )
             )
         return kept

@@ -12,11 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from theworld_train import encoded_files
+from theworld_train import encode, encoded_files
 from theworld_train.config import load_run_config
-from theworld_train.encode import encode
 
-SHARD_BYTES = 20_000
+SHARD_BYTES, LISTED_TOGETHER = 20_000, 2
 
 
 def main() -> None:
@@ -31,9 +30,9 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    encoded_files.SHARD_BYTES = SHARD_BYTES
+    encoded_files.SHARD_BYTES, encode.LISTED_TOGETHER = SHARD_BYTES, LISTED_TOGETHER
     encoded_files.sync = sync_or_die
-    for kept in encode(load_run_config(sys.argv[1]), Console()):
+    for kept in encode.encode(load_run_config(sys.argv[1]), Console()):
         print(kept)
 
 
