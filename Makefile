@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-full lint format clean
+.PHONY: help install train test test-full bench lint format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +35,11 @@ test: install ## Run the fast tests
 
 test-full: install ## Run all tests, the slow ones too
 	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+
+bench: install ## Measure the step, the data pipeline and several processes on this machine
+	$(BIN)/python benchmarks/$(if $(shell command -v nvidia-smi),gpu,step).py
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/parallel.py
 
 lint: install ## Check style, format, types and layers
 	$(BIN)/ruff check .

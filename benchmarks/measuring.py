@@ -60,6 +60,12 @@ def memory_peak(function: Callable[[], object]) -> int:
     return high_water() - before
 
 
+def memory_held() -> int:
+    """Returns the bytes that are held now: tensors on a GPU, the process's own on a CPU."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+
+
 def reset_high_water() -> int:
     """Begins the process's high-water mark anew, and returns the bytes that it holds now."""
     gc.collect()
@@ -77,7 +83,8 @@ def random_model(architecture: TheWorldConfig, dtype: torch.dtype) -> TheWorldFo
     """Returns a model of random weights, the same ones every time."""
     torch.manual_seed(0)
     model = build_on_meta(architecture)
-    materialise(model, dtype)
+    with device():
+        materialise(model, dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
@@ -108,18 +115,38 @@ def hardware() -> dict[str, Any]:
 
 def write_record(name: str, command: str, **measured: Any) -> Path:
     """Writes what was measured to `results/NAME-DEVICE.json`, with hardware and versions."""
-    found = hardware()
     record = {
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
-        "hardware": found,
-        "versions": {library: version(library) for library in _LIBRARIES} | {"python": platform.python_version()},
+        "hardware": hardware(),
+        "versions": _versions(),
         **measured,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{found['device'].lower().replace(' ', '-')}.json"
+    path = _path_of(name)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return path
+
+
+def update_record(name: str, command: str, parts: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Writes parts of a record, and keeps others of the same hardware and versions; each has its command and date."""
+    stamp = {"command": command, "date": time.strftime("%Y-%m-%d")}
+    record = {"hardware": hardware(), "versions": _versions()}
+    path = _path_of(name)
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    kept = earlier["parts"] if record.items() <= earlier.items() else {}
+    record["parts"] = kept | {part: stamp | measured for part, measured in parts.items()}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in _LIBRARIES} | {"python": platform.python_version()}
+
+
+def _path_of(name: str) -> Path:
+    return RESULTS / f"{name}-{hardware()['device'].lower().replace(' ', '-')}.json"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

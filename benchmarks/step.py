@@ -1,6 +1,6 @@
 """Measures the fast step against the plain one, lever by lever, each pair in one process and taking turns.
 
-    python benchmarks/step.py [step] [loss] [attention] [encoder] [batch] [length] [rate] [--size 270m] [--repeats 3]
+    python benchmarks/step.py [step loss attention encoder batch length sliding rate] [--size 270m] [--repeats 3]
 
 Without names, all of them run. On a GPU the size is that of Gemma 3 4B, with random weights; on a CPU that of Gemma 3
 270M's text. Prints tables of ratios, and writes a record with hardware and versions into benchmarks/results/.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from measuring import device, fastest, memory_peak, random_model, table, write_record
+from measuring import device, fastest, memory_peak, random_model, table, update_record
 from torch import Tensor
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
@@ -51,21 +51,31 @@ _GEMMA_270M = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers
     "query_pre_attn_scalar": 256,
 }
 _100M = _GEMMA_270M | {"intermediate_size": 2560, "num_hidden_layers": 12, "vocab_size": 32_064}
+_TINY = _GEMMA_270M | {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "vocab_size": 1024,
+}
 _VISION = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4} | {
     "model_type": "siglip_vision_model",
     "image_size": 224,
     "patch_size": 14,
     "vision_use_head": False,
 }
-_TEXTS: dict[str, dict[str, int] | None] = {"100m": _100M, "270m": _GEMMA_270M, "4b": None}
+_TEXTS: dict[str, dict[str, int] | None] = {"tiny": _TINY, "100m": _100M, "270m": _GEMMA_270M, "4b": None}
 
 #: What the plain path takes, and the levers in the order in which they are added.
-PLAIN = {"attention": "sdpa", "kernels": "plain"}
+PLAIN = {"attention": "sdpa", "kernels": "plain", "last_layers": "whole"}
+LEAN = {"attention": "banded", "kernels": "lean", "last_layers": "whole"}
+OURS = LEAN | {"last_layers": "needed"}
 LEVERS = {
     "loss at supervised positions": PLAIN,
-    "+ attention in blocks": {"attention": "banded", "kernels": "plain"},
-    "+ lean kernels": {"attention": "banded", "kernels": "lean"},
-    "+ compiled kernels": {"attention": "banded", "kernels": "compiled"},
+    "+ attention in blocks": PLAIN | {"attention": "banded"},
+    "+ lean kernels": LEAN,
+    "+ last layers as needed": OURS,
+    "+ compiled kernels": OURS | {"kernels": "compiled"},
 }
 
 
@@ -113,23 +123,46 @@ def make_step(
     *,
     world_tokens: int = WORLD_TOKENS,
     precision: str = "bf16",
-    layers: int = 0,
+    kinds: str = "",
     batch: int = 1,
+    text: int = TEXT,
+    supervised: int = SUPERVISED,
+    checkpointing: str = "none",
 ) -> Step:
-    """Returns a step of random weights, the same whatever the levers are."""
-    config = _step_config(world_tokens, levers, precision, batch)
-    architecture = _architecture(size, config, layers)
+    """Returns a step of random weights, the same whatever the levers are.
+
+    Args:
+        size: Of the model.
+        levers: Keys of the config's `model`.
+        world_tokens: Of a sample.
+        precision: Of the run.
+        kinds: A letter for each layer, `s` for a sliding and `g` for a global one; those of the size if empty.
+        batch: Samples.
+        text: Positions of a sample that are neither world nor image.
+        supervised: The last ones of them.
+        checkpointing: As in `training.gradient_checkpointing`.
+    """
+    config = _step_config(world_tokens, levers, precision, batch, text=text, checkpointing=checkpointing)
+    architecture = _architecture(size, config, kinds)
     model = random_model(architecture, torch.float32 if precision == "fp32" else torch.bfloat16)
     apply_trainable(model, trainable_components(config), config.precision)
     torch.nn.Module.to(model, device())
     stage = build_stage(model, config)
     stage.set_training_modes()
-    sample = sample_shape(config, architecture, supervised=SUPERVISED)
+    sample = sample_shape(config, architecture, supervised=supervised)
     inputs = synthetic_batch(architecture, sample, batch).to(device())
     return Step(config, stage, inputs, stage.encode(inputs))
 
 
-def _step_config(world_tokens: int, levers: dict[str, str], precision: str, batch: int) -> RunConfig:
+def _step_config(
+    world_tokens: int,
+    levers: dict[str, str],
+    precision: str,
+    batch: int,
+    *,
+    text: int = TEXT,
+    checkpointing: str = "none",
+) -> RunConfig:
     resolution = 8 * round(world_tokens**0.5)
     return parse_run_config(
         {
@@ -140,25 +173,30 @@ def _step_config(world_tokens: int, levers: dict[str, str], precision: str, batc
             "trainable": {"world_projector": {}},
             "data": {
                 "train": {"source": "moving_digits", "split": "train", "samples": 8, "frames": 1},
-                "max_sequence_length": world_tokens + 2 + 256 + 2 + TEXT,
+                "max_sequence_length": world_tokens + 2 + 256 + 2 + text,
             },
             "training": {
                 "max_steps": 1,
                 "global_batch_size": batch,
                 "micro_batch_size": batch,
-                "gradient_checkpointing": "none",
+                "gradient_checkpointing": checkpointing,
             },
         }
     )
 
 
-def _architecture(size: str, config: RunConfig, layers: int) -> TheWorldConfig:
+def _architecture(size: str, config: RunConfig, kinds: str) -> TheWorldConfig:
     text = _TEXTS[size]
+    names = {"s": "sliding_attention", "g": "full_attention"}
+    layers: dict[str, Any] = {"num_hidden_layers": len(kinds), "layer_types": [names[kind] for kind in kinds]}
     if text is None:
-        return describe_model(config)
+        full = describe_model(config)
+        if kinds:
+            full.text_config.update(layers)
+        return full
     last = text["vocab_size"] - 64
     architecture = TheWorldConfig(
-        text_config=text | ({"num_hidden_layers": layers} if layers else {}),
+        text_config=text | (layers if kinds else {}),
         vision_config=_VISION,
         world_encoder_config=vae_config({"base_dim": 16}),
         world_resolution=config.model.world.resolution,
@@ -206,7 +244,7 @@ def measure_agreement(size: str) -> dict[str, float]:
     step = make_step(size, PLAIN, precision="fp32")
     expected, expected_gradients = step.parents(), step.gradients()
     del step
-    step = make_step(size, LEVERS["+ lean kernels"], precision="fp32")
+    step = make_step(size, OURS, precision="fp32")
     loss, gradients = step.ours(), step.gradients()
     return {
         "loss": float((loss - expected).abs() / expected),
@@ -264,7 +302,7 @@ def measure_batch(size: str, repeats: int) -> dict[str, Any]:
     """Times the step against the samples of a micro-batch."""
     rows: list[dict[str, Any]] = []
     for batch in BATCHES:
-        step = make_step(size, LEVERS["+ lean kernels"], batch=batch)
+        step = make_step(size, OURS, batch=batch)
         seconds = fastest({"ours": step.ours}, repeats)["ours"]
         rows.append({"batch": batch, "seconds": seconds, "memory": memory_peak(step.ours)})
     shown = [
@@ -351,15 +389,15 @@ def measure_encoder(repeats: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def measure_length(size: str, repeats: int) -> dict[str, Any]:
-    """Times six layers, one of them without a window, against the number of world tokens."""
+def measure_length(size: str, repeats: int, kinds: str) -> dict[str, Any]:
+    """Times a few layers against the number of world tokens; all of them compute all positions."""
     rows: list[dict[str, Any]] = []
     for tokens in LENGTHS:
-        step = make_step(size, LEVERS["+ lean kernels"], world_tokens=tokens, layers=6)
+        step = make_step(size, LEAN, world_tokens=tokens, kinds=kinds)
         seconds = fastest({"ours": step.ours}, repeats)["ours"]
-        length = int(step.batch.input_ids.shape[1])
-        windows = {"sliding": 512, "global": None}
-        pairs = {kind: attended_pairs(length, window, AttentionWork("banded")) for kind, window in windows.items()}
+        length, window = int(step.batch.input_ids.shape[1]), step.stage.model.config.text_config.sliding_window
+        windows = {"sliding": window, "global": None}
+        pairs = {kind: attended_pairs(length, seen, AttentionWork("banded")) for kind, seen in windows.items()}
         rows.append({"world_tokens": tokens, "positions": length, "seconds": seconds, "pairs": pairs})
     first = rows[0]
     shown = [
@@ -369,22 +407,21 @@ def measure_length(size: str, repeats: int) -> dict[str, Any]:
             f"{row['seconds']:.2f}",
             f"x{row['positions'] / first['positions']:.1f}",
             f"x{row['seconds'] / first['seconds']:.1f}",
-            f"x{row['pairs']['sliding'] / first['pairs']['sliding']:.1f}",
-            f"x{row['pairs']['global'] / first['pairs']['global']:.1f}",
+            *(f"x{row['pairs'][kind] / first['pairs'][kind]:.1f}" for kind in ("sliding", "global")),
         ]
         for row in rows
     ]
     header = ["world tokens", "positions", "step (s)", "positions", "step", "pairs, sliding", "pairs, global"]
-    print("six layers, five of them sliding, against the number of world tokens")
+    print(f"layers {kinds} (s: sliding, g: global) against the number of world tokens")
     print(table(header, shown), "\n")
-    return {"rows": rows}
+    return {"layers": kinds, "rows": rows}
 
 
 def measure_rate(repeats: int) -> dict[str, Any]:
     """Returns the share of the machine's own bf16 matrix rate that the projection-only step reaches on useful work."""
     rows = []
     for size in ("100m", "270m") if device().type == "cpu" else ("4b",):
-        step = make_step(size, LEVERS["+ lean kernels"])
+        step = make_step(size, OURS)
         matrix = torch.randn(MATRIX, MATRIX).to(device(), torch.bfloat16)
         times = fastest({"product": lambda matrix=matrix: matrix @ matrix, "step": step.ours}, repeats)
         batch = step.batch
@@ -394,6 +431,7 @@ def measure_rate(repeats: int) -> dict[str, Any]:
             StepSettings(
                 trainable=frozenset(step.config.trainable),
                 gradient_checkpointing=False,
+                trims=True,
                 cached=frozenset({"world_encoder", "vision_tower"}),
             ),
         )
@@ -418,26 +456,29 @@ def measure_rate(repeats: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
+#: What is measured, by name, of a size and with so many repeats.
+MEASURES: dict[str, Callable[[str, int], dict[str, Any]]] = {
+    "step": measure_step,
+    "loss": measure_loss,
+    "attention": lambda _size, repeats: measure_attention(repeats),
+    "encoder": lambda _size, repeats: measure_encoder(repeats),
+    "batch": measure_batch,
+    "length": lambda size, repeats: measure_length(size, repeats, "sssssg"),
+    "sliding": lambda size, repeats: measure_length(size, repeats, "sssss"),
+    "rate": lambda _size, repeats: measure_rate(repeats),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    names = ("step", "loss", "attention", "encoder", "batch", "length", "rate")
-    parser.add_argument("parts", nargs="*", choices=[*names, []], help="what is measured; everything by default")
+    parser.add_argument("parts", nargs="*", choices=[*MEASURES, []], help="what is measured; everything by default")
     parser.add_argument("--size", choices=list(_TEXTS), default="270m" if device().type == "cpu" else "4b")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "step": lambda: measure_step(options.size, options.repeats),
-        "loss": lambda: measure_loss(options.size, options.repeats),
-        "batch": lambda: measure_batch(options.size, options.repeats),
-        "attention": lambda: measure_attention(options.repeats),
-        "encoder": lambda: measure_encoder(options.repeats),
-        "length": lambda: measure_length(options.size, options.repeats),
-        "rate": lambda: measure_rate(options.repeats),
-    }
-    chosen = options.parts or names
-    measured = {name: measures[name]() for name in chosen}
-    command = f"python benchmarks/step.py {' '.join(chosen)} --size {options.size} --repeats {options.repeats}"
-    print(f"written to {write_record('step', command, size=options.size, **measured)}")
+    chosen = options.parts or list(MEASURES)
+    for name in chosen:
+        command = f"python benchmarks/step.py {name} --size {options.size} --repeats {options.repeats}"
+        print(f"written to {update_record('step', command, {name: MEASURES[name](options.size, options.repeats)})}")
 
 
 if __name__ == "__main__":
