@@ -33,6 +33,20 @@ def write_rows(path: Path, images: int, damaged: int = 0) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_bad_rows(path: Path) -> None:
+    """Writes twelve rows: no JSON, an id that another row has, a missing image, an empty one and a cut one are bad."""
+    write_rows(path, 12)
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][:-5]
+    lines[5] = lines[5].replace('"bad-5"', '"bad-4"')
+    path.with_name("bad-7.png").unlink()
+    path.with_name("bad-9.png").write_bytes(b"")
+    cut = path.with_name("bad-11.png")
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:900])
+    path.write_text("".join(line + "\n" for line in lines))
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds the runs."""
@@ -46,11 +60,16 @@ def told(tiny: TinyCheckpoint, root: Path) -> list[dict[str, list[str]]]:
         write_rows(root / f"whole-{rank}.jsonl", 8)
         write_rows(root / f"damaged-{rank}.jsonl", 8, damaged=8 * rank)
     write_rows(root / "only-0.jsonl", 8)
+    write_bad_rows(root / "bad.jsonl")
+    bad = {"train": {"source": "jsonl", "path": str(root / "bad.jsonl")}}
     cases: dict[str, dict[str, Any]] = {
         "first": {},
         "data_missing": {"data": {"train": {"source": "jsonl", "path": str(root / "only-{rank}.jsonl")}}},
         "loader": {"data": {"train": {"source": "jsonl", "path": str(root / "damaged-{rank}.jsonl")}}},
         "evaluation": {"data": {"eval": {"source": "jsonl", "path": str(root / "damaged-{rank}.jsonl")}}},
+        "bad_rows": {"data": bad | {"max_bad_samples": 5}, "training": {"max_steps": 3}},
+        "too_many_bad": {"data": bad | {"max_bad_samples": 4}, "training": {"max_steps": 3}},
+        "too_many_wrong": {"data": bad | {"max_bad_samples": 2}},
         "save": {},
         "save_behind": {"checkpoint": {"every_steps": 8, "background": True}, "training": {"max_steps": 16}},
         "checkpoints": {"output_dir": str(root / "seen-{rank}"), "resume": "latest", "training": {"max_steps": 3}},
@@ -103,6 +122,45 @@ def test_samples_that_one_rank_cannot_read(told: list[dict[str, list[str]]], cas
     assert main == other == "ConfigError"
     assert "none of 8 samples in a row is usable" in other_text
     assert main_text == f"rank 1: {other_text}"
+
+
+def test_bad_rows_are_quarantined_in_step(told: list[dict[str, list[str]]], root: Path):
+    assert [report["bad_rows"] for report in told] == [["", ""], ["", ""]]
+    rows = [json.loads(line) for line in (root / "bad_rows" / "quarantine.jsonl").read_text().splitlines()]
+    reasons = {row["id"]: row["reason"] for row in rows}
+    assert len(rows) == len(reasons) == 5
+    assert f"{root}/bad.jsonl:3: not valid JSON" in reasons["bad.jsonl:3"]
+    assert f"{root}/bad.jsonl:6: id: the id is already that of {root}/bad.jsonl:5" in reasons["bad.jsonl:6"]
+    assert f"{root}/bad.jsonl:8: messages[0].content[0].path: no such file (got 'bad-7.png')" in reasons["bad-7"]
+    assert "bad-9.png: not an image" in reasons["bad-9"]
+    assert "bad-11.png: the image is damaged" in reasons["bad-11"]
+    dropped = {
+        item["sample_id"]
+        for row in read_metrics(root / "bad_rows" / "metrics.jsonl", "train")
+        for item in row["dropped"]
+    }
+    assert dropped == reasons.keys(), "in one pass, each is met"
+
+
+def test_one_bad_sample_more_than_may_be_ends_all_ranks_after_the_same_step(
+    told: list[dict[str, list[str]]], root: Path
+):
+    (main, main_text), (other, other_text) = (report["too_many_bad"] for report in told)
+    assert main == other == "ConfigError"
+    assert main_text == other_text
+    assert "5 different samples could not be used, more than may" in main_text
+    step = read_metrics(root / "too_many_bad" / "metrics.jsonl", "train")[-1]["step"]
+    assert [path.name for path in (root / "too_many_bad").glob("step-*")] == [f"step-{step}"], (
+        "and what is done is saved"
+    )
+
+
+def test_more_wrong_rows_than_may_be_end_all_ranks_before_the_first_step(told: list[dict[str, list[str]]], root: Path):
+    for kind, text in (report["too_many_wrong"] for report in told):
+        assert kind == "ConfigError"
+        assert "bad.jsonl:3: not valid JSON" in text
+        assert "data.max_bad_samples: 3 rows are wrong, more than may (got 2)" in text
+    assert not (root / "too_many_wrong" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("case", ["save", "save_behind"])

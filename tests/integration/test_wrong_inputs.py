@@ -110,9 +110,29 @@ def test_missing_base_is_named(weightless: list[str]) -> None:
 def test_row_without_an_answer_names_file_and_line(weightless: list[str], tmp_path: Path) -> None:
     good = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
     bad = {"messages": [{"role": "user", "content": "hello"}]}
-    error = error_of([*weightless, jsonl(tmp_path, good, bad)])
-    assert "rows.jsonl:2" in error
+    error = error_of([*weightless, jsonl(tmp_path, good, bad), "data.max_bad_samples=0"])
+    assert "rows.jsonl:2 messages" in error
     assert "assistant" in error
+
+
+def test_more_wrong_rows_than_may_be_end_the_run_before_it_begins(weightless: list[str], tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    bad = [{"messages": "none"}, {"id": "x", **good}, {"id": "x", **good}]
+    error = error_of([*weightless, jsonl(tmp_path, good, *bad), "data.max_bad_samples=1"])
+    assert "rows.jsonl:2 messages: messages must be a list" in error
+    assert "rows.jsonl:4 id: the id is already that of" in error
+    assert "data.max_bad_samples: 2 rows are wrong, more than may (got 1)" in error
+
+
+def test_rows_that_are_all_wrong_are_no_data_however_many_may_be(weightless: list[str], tmp_path: Path) -> None:
+    error = error_of([*weightless, jsonl(tmp_path, {"message": []}), "data.max_bad_samples=null"])
+    assert "rows.jsonl:1 messages: the row has no 'messages'; did you mean 'message'?" in error
+
+
+def test_no_held_out_row_may_be_wrong(weightless: list[str], tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
+    rows = jsonl(tmp_path, good, {"messages": "none"}).replace("data.train", "data.eval")
+    assert "rows.jsonl:2 messages" in error_of([*weightless, rows])
 
 
 def test_budget_too_small_for_one_image_says_what_an_image_takes(weightless: list[str]) -> None:

@@ -151,7 +151,7 @@ def test_examples_pass_the_check_of_a_file(tmp_path: Path):
     source = open_source(JsonlSource(source="jsonl", path=str(data)))
 
     decoder = missing_decoder(str(data))
-    assert [problem for problem in source.check() if problem != decoder] == []
+    assert [found for found in source.check() if found.problems != (decoder,)] == []
     for index, row in enumerate(examples):
         if not any(path.endswith(".mp4") for path in media_paths(row)):
             assert source[index].messages

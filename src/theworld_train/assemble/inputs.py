@@ -13,6 +13,7 @@ from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.sources import frames_of
 from theworld_train.data import (
+    Check,
     Collator,
     ExcludingSource,
     MixedSource,
@@ -20,6 +21,7 @@ from theworld_train.data import (
     Order,
     Source,
     check_budget,
+    check_rows,
     open_source,
     read_exclusions,
     training_order,
@@ -63,14 +65,21 @@ class Inputs(EvaluationInputs):
     Attributes:
         train: Training samples.
         order: Which of them each optimizer step takes.
+        check: What is wrong with rows of the training data, which are met as samples that cannot be used.
     """
 
     train: Source
     order: Order
+    check: Check
 
 
-def open_inputs(config: RunConfig) -> Inputs:
+def open_inputs(config: RunConfig, *, allow_wrong_rows: bool = False) -> Inputs:
     """Opens data and processor and checks every row and the sequence budget; no weights are read.
+
+    Args:
+        config: The run config.
+        allow_wrong_rows: Whether any number of rows of the training data may be wrong, short of all of them, and not
+            `data.max_bad_samples` alone.
 
     Raises:
         ConfigError: With everything that is wrong.
@@ -78,12 +87,16 @@ def open_inputs(config: RunConfig) -> Inputs:
     train = open_source(config.data.train)
     held_out = None if config.data.eval is None else open_source(config.data.eval)
     sources = [train] if held_out is None else [train, held_out]
-    collator = _check_inputs(config, sources, missing_trackers(config.tracking.trackers))
+    excluded = read_exclusions(Path(path) for path in config.data.exclude)
+    allowed = None if allow_wrong_rows else config.data.max_bad_samples
+    check = check_rows(train, "data.train", allowed, excluded)
+    found = [*missing_trackers(config.tracking.trackers), *check.refusals(allowed)]
+    collator = _check_inputs(config, sources, [*found, *_held_out_problems(held_out)])
     order = training_order(config.data.train, train, config.seed, config.training.global_batch_size)
     _check_capacity(config, order, len(train))
-    if excluded := read_exclusions(Path(path) for path in config.data.exclude):
-        train = ExcludingSource(train, excluded)
-    return Inputs(collator, held_out, train, order)
+    if excluded or check.wrong:
+        train = ExcludingSource(train, excluded, check.wrong)
+    return Inputs(collator, held_out, train, order, check)
 
 
 def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
@@ -94,7 +107,12 @@ def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
     """
     assert config.data.eval is not None
     held_out = open_source(config.data.eval)
-    return EvaluationInputs(_check_inputs(config, [held_out]), held_out)
+    return EvaluationInputs(_check_inputs(config, [held_out], _held_out_problems(held_out)), held_out)
+
+
+def _held_out_problems(held_out: Source | None) -> list[Problem]:
+    """Returns what is wrong with the held-out split, of which no row may be: a result would be one of other samples."""
+    return [] if held_out is None else list(check_rows(held_out, "data.eval", allowed=0).problems)
 
 
 def _check_capacity(config: RunConfig, order: Order, samples: int) -> None:
@@ -105,15 +123,14 @@ def _check_capacity(config: RunConfig, order: Order, samples: int) -> None:
         raise ConfigError(Problem(message, key="data.train.parts", hint="raise a part's max_epochs, or train less"))
 
 
-def _check_inputs(config: RunConfig, sources: Sequence[Source], problems: Sequence[Problem] = ()) -> Collator:
-    """Checks sources and sequence budget, and returns what turns samples into batches.
+def _check_inputs(config: RunConfig, sources: Sequence[Source], problems: Sequence[Problem]) -> Collator:
+    """Checks the sequence budget, and returns what turns samples into batches.
 
     Raises:
-        ConfigError: With everything that is wrong; `problems` are what was found before.
+        ConfigError: With the problems that were found before, if there are any, or with what is wrong.
     """
-    found = [*problems, *(problem for source in sources for problem in source.check())]
-    if found:
-        raise ConfigError(found)
+    if problems:
+        raise ConfigError(problems)
     processor = open_processor(config)
     if config.model.world.enabled:
         read_vae_config(config.model.world.encoder, config.model.world.encoder_revision)

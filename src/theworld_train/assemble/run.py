@@ -23,6 +23,7 @@ from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
+    Check,
     EvaluationBatch,
     accumulation_steps,
     evaluation_batches,
@@ -195,6 +196,7 @@ def _train(
         (directory / CONFIG_FILE).write_text(dump_config(config))
         metrics = MetricsFile(directory / METRICS_FILE, inheritance.step)
         _announce(config, ledger, ready.max_steps, accumulation, runtime, inheritance, console)
+        _announce_wrong_rows(config, inputs.check, console)
         _announce_encoded(config, ready.known, console)
         progress = ProgressDisplay(console, config.name, inheritance.step, ready.max_steps)
     _start_trackers(config, runtime)
@@ -301,6 +303,16 @@ def _announce(
         verb = f"resumes at step {inheritance.step} from" if inheritance.step else "takes"
         what = "" if inheritance.step else f" {', '.join(inheritance.components)} from"
         say(f"{config.name}: {verb}{what} {inheritance.source}")
+
+
+def _announce_wrong_rows(config: RunConfig, check: Check, console: Console) -> None:
+    """Prints the rows that will be left out, the first of them by file, row and field."""
+    if not check.number:
+        return
+    what = f"{check.number:,} row{'s are' if check.number > 1 else ' is'} wrong, and left out when training meets"
+    lines = [f"{config.name}: {what} {'them' if check.number > 1 else 'it'} (data.max_bad_samples)"]
+    for line in [*lines, *(f"  {problem}" for problem in check.problems)]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _announce_encoded(config: RunConfig, known: Mapping[Component, EncodedFiles] | None, console: Console) -> None:

@@ -15,7 +15,7 @@ from theworld_train.assemble.inputs import Inputs, max_steps
 from theworld_train.assemble.model import LoadedModel, build_stage, load_model, move
 from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
-from theworld_train.data import Batching, Window, measure_lengths, training_batches
+from theworld_train.data import Batching, Window, measure_lengths, part_ends, training_batches
 from theworld_train.encoded_files import EncodedFiles
 from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.train.checkpoint import OPTIMIZER_FILE, load_optimizer, restore_random_state, trained_parameters
@@ -106,7 +106,7 @@ def _batching(config: RunConfig, inputs: Inputs, runtime: Runtime) -> Batching:
     lengths = np.zeros(len(inputs.train), dtype=np.int32)
     for rank, share in enumerate(runtime.gather(measured)):
         lengths[rank :: runtime.world_size] = share
-    return Batching(kind, inputs.max_length, lengths)
+    return Batching(kind, inputs.max_length, lengths, tuple(part_ends(inputs.train)))
 
 
 def _windows(

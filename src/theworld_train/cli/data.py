@@ -42,6 +42,7 @@ def data(
     """
     from theworld_train.cli.ranks import offline
     from theworld_train.cli.tables import output
+    from theworld_train.config.errors import ConfigError
 
     paths, overrides = split_overrides(arguments)
     _, config = one_run_config("data", paths, overrides)
@@ -52,7 +53,7 @@ def data(
     from theworld_train.inspection.token_ledger import count_tokens
 
     config = hub.pin_revisions(config, hub.read_lock(hub.LOCK_FILE))  # weights need not be there
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, allow_wrong_rows=True)
     ledger = count_tokens(config, inputs, media=media, num_workers=config.data.num_workers)
     if plot is not None:
         from theworld_train.inspection.picture import draw_lengths
@@ -62,13 +63,15 @@ def data(
         _write(page, render_samples(config.name, inputs, show))
     if as_json:
         typer.echo(json.dumps(_as_json(ledger), indent=1))
-        return
-    console = output()
-    console.print(_table(ledger))
-    for line in _remarks(ledger, media=media):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if show:
-        console.print(f"{show} samples are shown in {page}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        console = output()
+        console.print(_table(ledger))
+        for line in _remarks(ledger, media=media):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if show:
+            console.print(f"{show} samples are shown in {page}", highlight=False, markup=False, soft_wrap=True)
+    if problems := inputs.check.refusals(config.data.max_bad_samples):
+        raise ConfigError(problems)
 
 
 def _write(path: Path, text: str) -> None:

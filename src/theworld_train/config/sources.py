@@ -60,6 +60,11 @@ class ParquetSource(ClipRules, FileSource):
 
     source: Literal["parquet"]
     """Selects this kind of source."""
+    path: Path
+    """A Parquet file, or a directory whose Parquet files are the shards, in the order of their names."""
+    streaming: bool = False
+    """Read row groups where they lie, in turn, and shuffle the rows of four at a time; else the rows are copied into
+    the cache of `datasets` once, and all of them shuffled."""
 
 
 class LlavaSource(ClipRules, FileSource):
@@ -162,6 +167,9 @@ class HubSource(Section):
     """Split to read; slices such as `train[:1%]` work."""
     format: Literal["conversations", "llava", "sharegpt"] = "conversations"
     """Format of a row: `messages` and `images` as in our own, or `conversations` with `image` (LLaVA) or `images`."""
+    streaming: bool = False
+    """Read the row groups of its Parquet files where they lie, in turn, and shuffle the rows of four at a time. A
+    directory is then one of the hub's layout, and `split` a whole split."""
 
 
 class MovingDigitsSource(Section):

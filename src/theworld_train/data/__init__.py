@@ -12,7 +12,8 @@ from theworld_train.config.sources import (
 )
 from theworld_train.data.batching import Batching
 from theworld_train.data.collator import Collator
-from theworld_train.data.exclusion import ExcludingSource, read_exclusions
+from theworld_train.data.conversations import Conversations
+from theworld_train.data.exclusion import Check, ExcludingSource, check_rows, read_exclusions
 from theworld_train.data.lengths import each_sample, measure_lengths
 from theworld_train.data.loader import (
     Dropped,
@@ -23,12 +24,13 @@ from theworld_train.data.loader import (
     training_batches,
 )
 from theworld_train.data.mixture import MixedSource, MixtureOrder, part_ends, part_sizes, parts_of
-from theworld_train.data.order import Order, TrainingOrder, accumulation_steps
+from theworld_train.data.order import Groups, Order, TrainingOrder, accumulation_steps
 from theworld_train.data.source import ExcludedSampleError, MediaError, Sample, Source, UnreadableSampleError
 from theworld_train.data.workers import in_workers
 
 __all__ = [
     "Batching",
+    "Check",
     "Collator",
     "Dropped",
     "EvaluationBatch",
@@ -45,6 +47,7 @@ __all__ = [
     "Window",
     "accumulation_steps",
     "check_budget",
+    "check_rows",
     "each_sample",
     "evaluation_batches",
     "in_workers",
@@ -102,5 +105,10 @@ def training_order(config: SourceSection | MixtureSource, source: Source, seed: 
     """
     if isinstance(config, MixtureSource):
         assert isinstance(source, MixedSource)
-        return MixtureOrder(parts_of(config, source.sizes), seed, global_batch_size)
-    return TrainingOrder(len(source), seed, global_batch_size)
+        groups = {name: _groups_of(part) for name, part in source.parts.items()}
+        return MixtureOrder(parts_of(config, source.sizes, groups), seed, global_batch_size)
+    return TrainingOrder(len(source), seed, global_batch_size, _groups_of(source))
+
+
+def _groups_of(source: Source) -> Groups | None:
+    return source.groups if isinstance(source, Conversations) else None

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.data.rows import existing_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,23 +24,50 @@ OWN_COLUMNS = ("messages", "images", "id", "kind", "world")
 BATCH = 1000
 
 
+@dataclass(frozen=True)
+class Places:
+    """How rows of tables that follow each other are called: by their table, and their number in it, counted from 0.
+
+    Attributes:
+        names: Of each table, its name in problems.
+        labels: Its name in sample ids.
+        ends: `(tables,)` number of the row behind its last.
+        place: What follows these names for a row.
+    """
+
+    names: Sequence[str]
+    labels: Sequence[str]
+    ends: NDArray[np.int64]
+    place: str = "[{}]"
+
+    def where(self, index: int) -> str:
+        """Names a row in problems."""
+        return self._named(self.names, index)
+
+    def label(self, index: int) -> str:
+        """Names a row in sample ids."""
+        return self._named(self.labels, index)
+
+    def _named(self, names: Sequence[str], index: int) -> str:
+        table = int(np.searchsorted(self.ends, index, side="right"))
+        return names[table] + self.place.format(index - (int(self.ends[table - 1]) if table else 0))
+
+
 class ArrowRows:
     """The rows of a dataset, memory-mapped."""
 
-    def __init__(self, dataset: Dataset, name: str, label: str, place: str) -> None:
+    def __init__(self, dataset: Dataset, name: str, places: Places) -> None:
         """Keeps the dataset.
 
         Args:
             dataset: The rows.
             name: Names the dataset in problems.
-            label: Names it in sample ids.
-            place: What follows these two for a row, such as `[{}]`.
+            places: Names its rows.
         """
         self.name = name
         # As Arrow stores it: no feature decodes an image, and none opens a path.
         self._dataset = dataset.with_format("arrow")
-        self._label = label
-        self._place = place
+        self._places = places
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -59,36 +90,51 @@ class ArrowRows:
 
     def where(self, index: int) -> str:
         """Returns the dataset's name and the row's number, counted from 0."""
-        return f"{self.name}{self._place.format(index)}"
+        return self._places.where(index)
 
     def label(self, index: int) -> str:
         """Returns the same with the label."""
-        return f"{self._label}{self._place.format(index)}"
+        return self._places.label(index)
+
+
+def parquet_shards(path: Path) -> list[Path]:
+    """Returns a Parquet file, or the Parquet files of a directory in the order of their names.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    shards = sorted(path.glob("*.parquet")) if path.is_dir() else [existing_file(str(path), "a Parquet file")]
+    if not shards:
+        raise ConfigError(Problem("the directory holds no Parquet files", source=str(path)))
+    return shards
 
 
 def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> ArrowRows:
-    """Opens a Parquet file through the copy that `datasets` keeps in its cache, which makes any row quick to reach.
+    """Opens Parquet files through the copy that `datasets` keeps in its cache, which makes any row quick to reach.
 
     Args:
-        path: The file.
-        columns: Those that are read if the file has them; all of them if None.
+        path: A file, or a directory of files that are alike.
+        columns: Those that are read if the files have them; all of them if None.
 
     Raises:
-        ConfigError: If it is no Parquet file, or holds no rows.
+        ConfigError: If one is no Parquet file, or there are no rows.
     """
     from datasets import Dataset
     from datasets.exceptions import DatasetGenerationError
 
     try:
-        if not pq.read_metadata(path).num_rows:
+        shards = parquet_shards(path)
+        ends = np.cumsum([pq.read_metadata(shard).num_rows for shard in shards])
+        if not ends[-1]:
             raise ConfigError(Problem("it holds no rows", source=str(path)))
-        dataset = Dataset.from_parquet(str(path))
+        dataset = Dataset.from_parquet([str(shard) for shard in shards])
     except (OSError, ValueError, pa.ArrowException, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ConfigError(Problem(f"not a Parquet file that can be read: {cause}", source=str(path))) from error
     if columns is not None:
         dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
-    return ArrowRows(dataset, str(path), path.name, "[{}]")
+    places = Places([str(shard) for shard in shards], [shard.name for shard in shards], ends)
+    return ArrowRows(dataset, str(path), places)
 
 
 def _without_bytes(array: pa.Array) -> list[object]:

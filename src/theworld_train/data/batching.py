@@ -42,11 +42,14 @@ class Batching:
         max_length: Tokens that a row may have.
         lengths: `(samples,)` tokens of each sample of the source, as `measure_lengths` returns them; `padded` needs
             none.
+        ends: Of a mixture, the index behind the last sample of each part, as `part_ends` returns them: what cannot be
+            used is replaced within its part.
     """
 
     kind: BatchingKind
     max_length: int
     lengths: NDArray[np.int32] | None = None
+    ends: tuple[int, ...] = ()
 
     def micro_batches(
         self, indices: Sequence[int], rank: int, world_size: int, micro_batch_size: int
@@ -87,11 +90,18 @@ class Batching:
     def tokens(self) -> NDArray[np.int32]:
         """`(samples,)` tokens of what is taken for each sample: an unusable one is replaced by the next usable one."""
         assert self.lengths is not None
-        usable = np.flatnonzero(self.lengths)
-        assert len(usable), "the check of the budget has found a usable sample"
-        following = np.searchsorted(usable, np.arange(len(self.lengths))) % len(usable)
-        tokens: NDArray[np.int32] = self.lengths[usable[following]]
-        return tokens
+        parts = np.split(self.lengths, self.ends[:-1])
+        return np.concatenate([_with_replacements(part) for part in parts])
+
+
+def _with_replacements(lengths: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Returns lengths, those of unusable samples that of the next usable one, after the last one the first."""
+    usable = np.flatnonzero(lengths)
+    if not len(usable):
+        return lengths
+    following = np.searchsorted(usable, np.arange(len(lengths))) % len(usable)
+    tokens: NDArray[np.int32] = lengths[usable[following]]
+    return tokens
 
 
 def _first_fit(indices: Sequence[int], tokens: NDArray[np.int32], capacity: int) -> list[list[int]]:

@@ -10,8 +10,9 @@ from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.conversation import Conversation, parse_row, shown
 from theworld_train.data.formats import Adapted, Format, own_format
 from theworld_train.data.media import Media, RefusedMediumError
-from theworld_train.data.rows import RowError, Rows
-from theworld_train.data.source import MediaError, Sample, UnreadableSampleError, first_problems
+from theworld_train.data.order import Groups
+from theworld_train.data.rows import GroupedRows, RowError, Rows
+from theworld_train.data.source import Finding, MediaError, Sample, UnreadableSampleError, reason_of
 from theworld_train.data.video import missing_decoder
 
 
@@ -35,6 +36,11 @@ class Conversations:
         self._media = media
         self._adapt = adapt
 
+    @property
+    def groups(self) -> Groups | None:
+        """Rows that are read at once; None if any row is as quick to read as another."""
+        return self._rows.groups if isinstance(self._rows, GroupedRows) else None
+
     def __len__(self) -> int:
         """Returns the number of rows."""
         return len(self._rows)
@@ -54,45 +60,42 @@ class Conversations:
         row = next(self._rows.outlines(range(index, index + 1)))
         return self._sample(index, row, lambda conversation, _: self._media.outline(conversation))
 
-    def check(self) -> list[Problem]:
-        """Checks the structure of every row, and that its media exist."""
-        return first_problems(self._problems(), self._rows.name)
+    def check(self) -> Iterator[Finding]:
+        """Checks the structure of every row, that its media exist, and that its id is its own; see `Source`."""
+        rows_of_ids: dict[str, int] = {}
+        holds_video_file = False
+        for index, row in enumerate(self._rows.outlines(range(len(self._rows)))):
+            conversation, adapted, problems = self._parse(index, row)
+            name = None if conversation is None else conversation.id
+            if conversation is not None:
+                found = self._media.check(conversation, self._rows.where(index))
+                problems = [renamed(problem, adapted) for problem in found]
+                holds_video_file = holds_video_file or (not problems and self._media.holds_video_file(conversation))
+            if name is not None and rows_of_ids.setdefault(name, index) != index:
+                message = f"the id is already that of {self._rows.where(rows_of_ids[name])}"
+                problems.append(Problem(message, self._rows.where(index), "id", name, "make it unique"))
+                name = None
+            if problems:
+                yield Finding(tuple(problems), index, name or self._rows.label(index))
+        problem = missing_decoder(self._rows.name) if holds_video_file else None
+        if problem is not None:
+            yield Finding((problem,))
 
     def _sample(
         self, index: int, row: object, render: Callable[[Conversation, Adapted], list[dict[str, Any]]]
     ) -> Sample:
         conversation, adapted, problems = self._parse(index, row)
         if conversation is None:
-            raise ConfigError(problems)
+            raise UnreadableSampleError(self._rows.label(index), reason_of(problems))
         sample_id = conversation.id or self._rows.label(index)
         try:
             messages = render(conversation, adapted)
         except MediaError as error:
             raise UnreadableSampleError(sample_id, str(error)) from error
         except RefusedMediumError:
-            problems = list(self._media.check(conversation, self._rows.where(index)))
-            raise ConfigError(renamed(problem, adapted) for problem in problems) from None
+            found = self._media.check(conversation, self._rows.where(index))
+            raise UnreadableSampleError(sample_id, reason_of(renamed(problem, adapted) for problem in found)) from None
         return Sample(sample_id, conversation.kind, messages, conversation.world)
-
-    def _problems(self) -> Iterator[Problem]:
-        rows_of_ids: dict[str, int] = {}
-        holds_video_file = False
-        for index, row in enumerate(self._rows.outlines(range(len(self._rows)))):
-            conversation, adapted, problems = self._parse(index, row)
-            yield from problems
-            if conversation is None:
-                continue
-            problems = list(self._media.check(conversation, self._rows.where(index)))
-            yield from (renamed(problem, adapted) for problem in problems)
-            holds_video_file = holds_video_file or (not problems and self._media.holds_video_file(conversation))
-            first = index if conversation.id is None else rows_of_ids.setdefault(conversation.id, index)
-            if first != index:
-                message = f"the id is already that of {self._rows.where(first)}"
-                where = self._rows.where(index)
-                yield Problem(message, source=where, key="id", value=conversation.id, hint="make it unique")
-        problem = missing_decoder(self._rows.name) if holds_video_file else None
-        if problem is not None:
-            yield problem
 
     def _parse(self, index: int, row: object) -> tuple[Conversation | None, Adapted, list[Problem]]:
         return parse_stored(row, index, self._rows.where(index), self._adapt)

@@ -34,8 +34,11 @@ def open_file(config: FileSource) -> Conversations:
         ConfigError: If the file is missing, empty or of another kind, or there is no such media root.
     """
     kinds = {"jsonl": "a JSONL file", "parquet": "a Parquet file"}
-    path = existing_file(config.path, kinds.get(config.source, "a file of rows"))
-    root = path.parent if config.media_root is None else _root(config)
+    path = Path(config.path)
+    if not (isinstance(config, ParquetSource) and path.is_dir()):
+        existing_file(config.path, kinds.get(config.source, "a file of rows"))
+    beside = path if path.is_dir() else path.parent
+    root = beside if config.media_root is None else _root(config)
     return Conversations(_rows(config, path), media_of(config, root), _format(config))
 
 
@@ -60,7 +63,7 @@ def _rows(config: FileSource, path: Path) -> Rows:
     if isinstance(config, JsonlSource):
         return json_lines(path)
     if isinstance(config, ParquetSource):
-        return _parquet(path, own=True)
+        return _streamed(path) if config.streaming else _parquet(path, own=True)
     columns = (config.caption_field, config.image_field) if isinstance(config, CaptionsSource) else ()
     return rows_by_suffix(path, f"source: {config.source}", columns)
 
@@ -93,6 +96,14 @@ def _parquet(path: Path, own: bool = False) -> Rows:
     from theworld_train.data.arrow import OWN_COLUMNS, parquet_rows  # takes pyarrow along, which text files do without
 
     return parquet_rows(path, OWN_COLUMNS if own else None)
+
+
+def _streamed(path: Path) -> Rows:
+    from theworld_train.data.arrow import OWN_COLUMNS, parquet_shards
+    from theworld_train.data.streams import StreamedRows
+
+    shards = parquet_shards(path)
+    return StreamedRows(str(path), shards, [shard.name for shard in shards], OWN_COLUMNS)
 
 
 def _format(config: FileSource) -> Format:

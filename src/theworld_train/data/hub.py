@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.sources import HubSource
-from theworld_train.data.arrow import OWN_COLUMNS, ArrowRows
+from theworld_train.data.arrow import OWN_COLUMNS, ArrowRows, Places
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.formats import LLAVA, SHAREGPT, Format, own_format
 from theworld_train.data.media import Media
@@ -22,6 +24,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Format]] = {
     "llava": (("conversations", "image"), LLAVA),
     "sharegpt": (("conversations", "images", "system"), SHAREGPT),
 }
+#: What a stream is read from: Parquet files, and the card that says which of them belong to which split.
+STREAM_PATTERNS = ("*.parquet", "README.md")
 FETCH_HINT = "fetch it once while the network is reachable: theworld-train fetch CONFIG"
 
 
@@ -34,6 +38,8 @@ def open_hub(config: HubSource) -> Conversations:
     Raises:
         ConfigError: If it is not there, or has no conversations, or no rows.
     """
+    if config.streaming:
+        return _open_stream(config)
     dataset = _open(config)
     (needed, *others), adapt = FORMATS[config.format]
     if needed not in dataset.column_names:
@@ -42,7 +48,8 @@ def open_hub(config: HubSource) -> Conversations:
     if not len(dataset):
         raise ConfigError(Problem(f"split {config.split!r} holds no rows", source=config.id))
     dataset = dataset.select_columns([needed, *(name for name in others if name in dataset.column_names)])
-    return Conversations(ArrowRows(dataset, config.id, config.id, ":{}"), Media(root=None), adapt)
+    places = Places((config.id,), (config.id,), np.array([len(dataset)]), ":{}")
+    return Conversations(ArrowRows(dataset, config.id, places), Media(root=None), adapt)
 
 
 def fetch_dataset(config: HubSource) -> str | None:
@@ -56,10 +63,63 @@ def fetch_dataset(config: HubSource) -> str | None:
     """
     if Path(config.id).is_dir():
         return None
+    if config.streaming:
+        return _snapshot(config).name
     builder = _builder(config)
     builder.download_and_prepare()
     commit: str = builder.hash
     return commit
+
+
+def _open_stream(config: HubSource) -> Conversations:
+    """Opens the Parquet files of a directory, or of the snapshot of a repository in the local cache."""
+    from theworld_train.data.streams import StreamedRows  # takes pyarrow along
+
+    folder = Path(config.id) if Path(config.id).is_dir() else _snapshot(config)
+    columns, adapt = FORMATS[config.format]
+    shards = _shards(config, folder)
+    labels = [f"{config.id}/{shard.relative_to(folder).as_posix()}" for shard in shards]
+    return Conversations(StreamedRows(config.id, shards, labels, columns), Media(root=None), adapt)
+
+
+def _snapshot(config: HubSource) -> Path:
+    """Returns the folder of a repository's Parquet files in the local cache, which are downloaded unless offline."""
+    from huggingface_hub import constants, snapshot_download
+
+    try:
+        folder = snapshot_download(
+            config.id,
+            repo_type="dataset",
+            revision=config.revision,
+            allow_patterns=list(STREAM_PATTERNS),
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+    except (OSError, ValueError) as error:
+        message = f"neither a directory nor a dataset whose Parquet files are in the local cache: {error}"
+        raise ConfigError(Problem(message, source=config.id, hint=FETCH_HINT)) from error
+    return Path(folder)
+
+
+def _shards(config: HubSource, folder: Path) -> list[Path]:
+    """Returns the Parquet files of a split, by the hub's rules of what belongs to it."""
+    from datasets import load_dataset_builder
+
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        hint = "remove streaming: it is memory-mapped as it is"
+        raise ConfigError(Problem("a dataset that save_to_disk wrote is no stream", source=config.id, hint=hint))
+    try:
+        builder = load_dataset_builder(str(folder), config.config_name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(Problem(f"no dataset that can be streamed: {error}", source=config.id)) from error
+    files = builder.config.data_files or {}
+    if config.split not in files:
+        hint = f"its splits: {', '.join(map(str, files))}; a stream has no slices"
+        raise ConfigError(Problem(f"split {config.split!r}: there is none", source=config.id, hint=hint))
+    shards = [Path(file) for file in files[config.split]]
+    if others := [shard.name for shard in shards if shard.suffix != ".parquet"]:
+        message = f"streams are read from Parquet files, and the split has {others[0]}"
+        raise ConfigError(Problem(message, source=config.id, hint="remove streaming"))
+    return shards
 
 
 def _open(config: HubSource) -> Dataset:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.sources import MixtureSource
 from theworld_train.data.exclusion import ExcludingSource
-from theworld_train.data.order import permutation
-from theworld_train.data.source import Sample, Source, UnreadableSampleError
+from theworld_train.data.order import Groups, permutation
+from theworld_train.data.source import Finding, Sample, Source, UnreadableSampleError
 
 #: Positions of the stream within which every part has its share, to one sample.
 BLOCK = 1000
@@ -50,9 +50,16 @@ class MixedSource:
             raise UnreadableSampleError(f"{name}/{error.sample_id}", error.reason) from error
         return replace(sample, id=f"{name}/{sample.id}")
 
-    def check(self) -> list[Problem]:
-        """Checks every row of every part."""
-        return [problem for part in self.parts.values() for problem in part.check()]
+    def check(self) -> Iterator[Finding]:
+        """Checks every row of every part; see `Source`."""
+        start = 0
+        for name, part in self.parts.items():
+            for finding in part.check():
+                if finding.index is None:
+                    yield finding
+                else:
+                    yield replace(finding, index=start + finding.index, sample_id=f"{name}/{finding.sample_id}")
+            start += len(part)
 
 
 def part_sizes(source: Source) -> dict[str, int]:
@@ -76,22 +83,28 @@ class Part:
         size: Its samples.
         weight: Its share of what is drawn, relative to the others'.
         limit: Samples that it gives at most, repeated ones counted; None if there is no limit.
+        groups: Samples that are read at once, of a source that has such groups.
     """
 
     name: str
     size: int
     weight: float
     limit: int | None = None
+    groups: Groups | None = None
 
 
-def parts_of(config: MixtureSource, sizes: Mapping[str, int]) -> tuple[Part, ...]:
-    """Returns the parts of a mixture, given how many samples each has."""
+def parts_of(
+    config: MixtureSource, sizes: Mapping[str, int], groups: Mapping[str, Groups | None] | None = None
+) -> tuple[Part, ...]:
+    """Returns the parts of a mixture, given how many samples each has, and which of these are read at once."""
+    groups = groups or {}
     return tuple(
         Part(
             name,
             sizes[name],
             sizes[name] ** (1 / config.temperature) if part.weight is None else part.weight,
             None if part.max_epochs is None else max(1, round(part.max_epochs * sizes[name])),
+            groups.get(name),
         )
         for name, part in config.parts.items()
     )
@@ -173,7 +186,8 @@ class MixtureOrder:
         known = self._epochs.get(part)
         if known is None or known[0] != epoch:
             seed = int(np.random.SeedSequence(self._seed % 2**64, spawn_key=(1, part)).generate_state(1, np.uint64)[0])
-            known = self._epochs[part] = (epoch, permutation(self._parts[part].size, seed, epoch))
+            of = self._parts[part]
+            known = self._epochs[part] = (epoch, permutation(of.size, seed, epoch, of.groups))
         return int(self._offsets[part] + known[1][place])
 
     def _block(self, number: int) -> _Block:

@@ -7,7 +7,7 @@ nothing of the motion. The vision tower sees that frame alone, and only the worl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -17,9 +17,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from theworld_train.batch import Blank
-from theworld_train.config.errors import Problem
 from theworld_train.config.sources import MovingDigitsSource
-from theworld_train.data.source import Sample
+from theworld_train.data.source import Finding, Sample
 
 #: Direction of the motion and its step in (x, y) pixels; y grows downwards.
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -60,9 +59,9 @@ class MovingDigits:
         """Returns the number of samples."""
         return self._config.samples
 
-    def check(self) -> list[Problem]:
-        """Returns no problem: generated samples are whole."""
-        return []
+    def check(self) -> Iterator[Finding]:
+        """Finds nothing: generated samples are whole."""
+        return iter(())
 
     def __getitem__(self, index: int) -> Sample:
         """Returns the sample at `index`: a clip, its question and the answer."""

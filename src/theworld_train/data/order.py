@@ -7,7 +7,7 @@ micro-batches: neither the number of ranks nor that of workers changes which sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
 
@@ -15,6 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from theworld_train.config.errors import ConfigError, Problem
+
+#: Groups of neighbouring samples whose samples are shuffled among each other.
+SHUFFLED_GROUPS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Neighbouring samples that are read at once, one such group after the other.
+
+    Attributes:
+        sizes: `(groups,)` samples of each group, in their order.
+    """
+
+    sizes: NDArray[np.int64]
 
 
 class Order(Protocol):
@@ -37,11 +51,13 @@ class TrainingOrder:
         num_samples: Samples in the source.
         seed: Seed of the order.
         global_batch_size: Samples in one optimizer step, over all ranks.
+        groups: Samples that are read at once, of a source that has such groups.
     """
 
     num_samples: int
     seed: int
     global_batch_size: int
+    groups: Groups | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuses an empty source."""
@@ -52,7 +68,7 @@ class TrainingOrder:
     def index(self, position: int) -> int:
         """Returns the index into the source of the sample at a position of the stream."""
         epoch, offset = divmod(position, self.num_samples)
-        return int(permutation(self.num_samples, self.seed, epoch)[offset])
+        return int(permutation(self.num_samples, self.seed, epoch, self.groups)[offset])
 
     def indices(self, step: int) -> list[int]:
         """Returns the indices of the samples that optimizer step `step`, counted from 0, learns from."""
@@ -107,13 +123,23 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 
 
 @lru_cache(maxsize=4)
-def permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Returns the order of the samples in one epoch.
+def permutation(num_samples: int, seed: int, epoch: int, groups: Groups | None = None) -> NDArray[np.int64]:
+    """Returns the order of the samples in one epoch; groups are taken in turn, so many of them shuffled together.
 
     It sorts raw words of a counter-based generator: unlike numpy's `permutation`, those words are guaranteed to stay
     the same in later numpy versions (NEP 19), and with them the order of a run that is resumed after an upgrade.
     """
     key = np.random.SeedSequence(seed % 2**64, spawn_key=(epoch,))
-    order: NDArray[np.int64] = np.argsort(np.random.Philox(key).random_raw(num_samples), kind="stable")
+    drawn = np.random.Philox(key)
+    order: NDArray[np.int64]
+    if groups is None:
+        order = np.argsort(drawn.random_raw(num_samples), kind="stable")
+    else:
+        turn = np.argsort(drawn.random_raw(len(groups.sizes)), kind="stable")
+        sizes = groups.sizes[turn]
+        firsts = (np.cumsum(groups.sizes) - groups.sizes)[turn]
+        samples = np.arange(num_samples) + np.repeat(firsts - (np.cumsum(sizes) - sizes), sizes)
+        together = np.repeat(np.arange(len(sizes)) // SHUFFLED_GROUPS, sizes)
+        order = samples[np.lexsort((drawn.random_raw(num_samples), together))]
     order.setflags(write=False)
     return order

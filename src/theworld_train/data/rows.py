@@ -12,12 +12,13 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.data.order import Groups
 
 #: Bytes of a JSON array that are searched at once; more if a single token is longer.
 CHUNK = 1 << 20
@@ -73,6 +74,17 @@ class Rows(Protocol):
     def label(self, index: int) -> str:
         """Names a row without the place of the file on this machine."""
         ...
+
+
+@runtime_checkable
+class GroupedRows(Rows, Protocol):
+    """Rows of which some neighbouring ones are read at once.
+
+    Attributes:
+        groups: Which.
+    """
+
+    groups: Groups
 
 
 class FileRows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -34,6 +34,21 @@ class Sample:
     world: bool = True
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a check has found: a row that is no sample, or something that concerns the source as a whole.
+
+    Attributes:
+        problems: What is wrong, by file, row and field; at least one.
+        index: Index of the row; None if the source cannot be read as it is.
+        sample_id: Names the row among samples: by its id, or by file and row if it has none or that of another row.
+    """
+
+    problems: tuple[Problem, ...]
+    index: int | None = None
+    sample_id: str = ""
+
+
 class Source(Protocol):
     """A fixed number of samples, each a pure function of its index."""
 
@@ -45,8 +60,9 @@ class Source(Protocol):
         """Loads one sample.
 
         Raises:
-            UnreadableSampleError: If a media file of the sample is damaged; the loader takes another sample instead.
-            ConfigError: If the row itself is wrong, which `check` would have told.
+            UnreadableSampleError: If a medium of the sample is damaged, or the row itself is wrong; the loader takes
+                another sample instead.
+            ConfigError: If the source cannot be read as it is, which `check` would have told.
         """
         ...
 
@@ -54,8 +70,8 @@ class Source(Protocol):
         """Returns one sample with a `Blank` in the place of each image and clip; raises as `__getitem__` does."""
         ...
 
-    def check(self) -> list[Problem]:
-        """Checks the structure of every row without decoding media, and returns what is wrong."""
+    def check(self) -> Iterator[Finding]:
+        """Checks the structure of every row without decoding media, and yields what is wrong, in the order of rows."""
         ...
 
 
@@ -64,15 +80,15 @@ class MediaError(ValueError):
 
 
 class UnreadableSampleError(ValueError):
-    """Raised for a sample of which a medium cannot be read.
+    """Raised for a sample that cannot be used: a medium cannot be read, or its row is wrong.
 
     Attributes:
         sample_id: Id of the sample.
-        reason: What is wrong with which file.
+        reason: What is wrong with which file, or which field of which row.
     """
 
     def __init__(self, sample_id: str, reason: str) -> None:
-        """Args: sample_id: id of the sample; reason: what is wrong with which file."""
+        """Args: sample_id: id of the sample; reason: what is wrong with which file or field."""
         super().__init__(sample_id, reason)
         self.sample_id = sample_id
         self.reason = reason
@@ -88,6 +104,11 @@ class ExcludedSampleError(UnreadableSampleError):
     def __init__(self, sample_id: str) -> None:
         """Args: sample_id: id of the sample."""
         super().__init__(sample_id, "excluded")
+
+
+def reason_of(problems: Iterable[Problem]) -> str:
+    """Returns in one line why a row is no sample."""
+    return "; ".join(map(str, problems))
 
 
 def first_problems(problems: Iterable[Problem], source: str) -> list[Problem]:

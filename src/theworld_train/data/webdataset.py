@@ -80,6 +80,9 @@ class _Index:
 
     def __init__(self) -> None:
         self.keys: list[bytes] = []
+        #: Of the shard that is read: the keys that it has, and that of its last sample as it stands there.
+        self._seen: set[bytes] = set()
+        self._last: bytes | None = None
         #: Of each sample: its shard, and its first member.
         self.shards, self.firsts = array("l"), array("q")
         #: Of each member: where it begins, its bytes, and its kind, a position in `IMAGES + TEXTS`.
@@ -91,6 +94,7 @@ class _Index:
         Raises:
             _RefusedShardError: If it is damaged or compressed, or holds what is refused.
         """
+        self._seen, self._last = set(), None
         try:
             with tarfile.open(shard, "r:") as tar:
                 for count, member in enumerate(_members(tar), start=1):
@@ -116,13 +120,23 @@ class _Index:
         if member.size > limit:
             raise _RefusedShardError(f"has {member.size:,} bytes, and {limit:,} are allowed", member.name)
         key = posixpath.join(folder, stem).encode(errors="backslashreplace")
-        if not self.keys or self.keys[-1] != key or self.shards[-1] != number:
-            self.keys.append(key)
+        if self._last != key:
+            self._last = key
+            self.keys.append(self._own(key))
             self.shards.append(number)
             self.firsts.append(len(self.offsets))
         self.offsets.append(member.offset_data)
         self.sizes.append(member.size)
         self.kinds.append((IMAGES + TEXTS).index(kind))
+
+    def _own(self, key: bytes) -> bytes:
+        """Returns a key that no other sample of the shard has: `key (2)` for the second one of a key."""
+        own, number = key, 1
+        while own in self._seen:
+            number += 1
+            own = key + f" ({number})".encode()
+        self._seen.add(own)
+        return own
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -23,6 +23,7 @@ from theworld_train.data import (
     Source,
     UnreadableSampleError,
     each_sample,
+    part_ends,
     part_sizes,
 )
 
@@ -162,7 +163,7 @@ def count_tokens(
 def _padding(config: RunConfig, inputs: Inputs, lengths: NDArray[np.int32], steps: int) -> float:
     """Returns the share of padding in some steps; an unusable sample is taken to be as long as the next usable one."""
     training = config.training
-    batching = Batching(training.batching, inputs.max_length, lengths)
+    batching = Batching(training.batching, inputs.max_length, lengths, tuple(part_ends(inputs.train)))
     tokens = positions = 0
     for step in range(steps):
         for batch in batching.micro_batches(inputs.order.indices(step), 0, 1, training.micro_batch_size):

@@ -13,10 +13,12 @@ import yaml
 from PIL import Image
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint
-from theworld_train.assemble.inputs import open_inputs
+from theworld_train.assemble.inputs import Inputs, open_inputs
 from theworld_train.batch import Batch
 from theworld_train.config import load_run_config
-from theworld_train.data import Batching, measure_lengths, training_batches
+from theworld_train.config.schema import RunConfig
+from theworld_train.data import Batching, Window, measure_lengths, part_ends, training_batches
+from theworld_train.inspection.token_ledger import count_tokens
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -90,26 +92,30 @@ def test_without_opening_media_only_what_they_hide_is_missed(call: Call, config:
     assert found["image_sizes"] == {}
 
 
-def batches(path: str, *overrides: str) -> list[Batch]:
-    """Returns what one pass of training sees."""
-    config = load_run_config(path, overrides)
-    inputs = open_inputs(config)
+def windows_of(config: RunConfig, inputs: Inputs, steps: int) -> list[Window]:
+    """Returns what the first steps of a run see."""
     kind, length = config.training.batching, inputs.max_length
     lengths = None if kind == "padded" else measure_lengths(inputs.train, inputs.collator, range(len(inputs.train)), 0)
     windows = training_batches(
         inputs.train,
         inputs.collator,
         inputs.order,
-        Batching(kind, length, lengths),
+        Batching(kind, length, lengths, tuple(part_ends(inputs.train))),
         rank=0,
         world_size=1,
         micro_batch_size=2,
         start_step=0,
-        num_steps=4,
+        num_steps=steps,
         num_workers=0,
         pin_memory=False,
     )
-    return [batch for window in windows for batch in window.micro_batches]
+    return list(windows)
+
+
+def batches(path: str, *overrides: str) -> list[Batch]:
+    """Returns what one pass of training sees."""
+    config = load_run_config(path, overrides)
+    return [batch for window in windows_of(config, open_inputs(config), 4) for batch in window.micro_batches]
 
 
 @pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
@@ -132,6 +138,72 @@ def test_counts_are_those_of_the_batches_that_training_sees(call: Call, config: 
     assert total["samples"]["trimmed"] >= 2
     positions = sum(batch.input_ids.numel() for batch in seen)
     assert found["padding_share"] == pytest.approx(1 - total["tokens"]["all"] / positions, abs=1e-12)
+
+
+def with_wrong_rows() -> None:
+    """Adds a row without an answer, and one whose image is not there, to those of the run."""
+    wrong = [
+        {"id": "open", "messages": turns([], "up")[:1]},
+        {"id": "gone", "messages": turns([{"type": "image", "path": "gone.png"}], "up")},
+    ]
+    with Path("rows.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in wrong)
+
+
+def test_wrong_rows_are_listed_by_file_row_and_field(call: Call, config: str):
+    with_wrong_rows()
+    code, out, err = call("data", config, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["parts"]["rows"]["samples"]["dropped"] == 3
+    assert found["dropped"]["rows/rows.jsonl:9"].startswith("rows.jsonl:9: messages: no assistant turn")
+    expected = "rows.jsonl:10: messages[0].content[0].path: no such file (got 'gone.png')"
+    assert found["dropped"]["rows/gone"].startswith(expected)
+
+
+def test_more_wrong_rows_than_training_would_take_are_listed_and_end_with_an_error(call: Call, config: str):
+    with_wrong_rows()
+    code, out, err = call("data", config, "data.max_bad_samples=1")
+    assert code == 2
+    assert "dropped: rows/rows.jsonl:9: rows.jsonl:9: messages: no assistant turn" in out
+    assert "data.max_bad_samples: 2 rows are wrong, more than may" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("batching", ["padded", "grouped", "packed"])
+def test_counts_are_those_of_each_sample_that_training_takes_of_a_mixture(call: Call, config: str, batching: str):
+    with_wrong_rows()
+    overrides = [
+        f"training.batching={batching}",
+        "data.train.parts.rows.weight=2",
+        "data.train.parts.digits.weight=1",
+        "training.epochs=3",
+    ]
+    run_config = load_run_config(config, overrides)
+    inputs = open_inputs(run_config)
+    ledger = count_tokens(run_config, inputs, media=True, num_workers=0)
+    entries = {entry.id: entry for entry in ledger.entries}
+    assert len(entries) == len(ledger.entries) == 18
+    windows = windows_of(run_config, inputs, ledger.steps)
+    assert ledger.steps == len(windows) == 14
+    seen = [batch for window in windows for batch in window.micro_batches]
+    world = inputs.processor.tokenizer.convert_tokens_to_ids("<world>")
+    for batch in seen:
+        taken = [entries[name] for name in batch.sample_ids]
+        assert {entry.outcome for entry in taken} <= {"kept", "trimmed"}
+        assert batch.num_tokens == sum(entry.tokens for entry in taken)
+        assert batch.num_supervised == sum(entry.supervised for entry in taken)
+        assert int(batch.token_type_ids.sum()) == sum(entry.image for entry in taken)
+        assert int((batch.input_ids == world).sum()) == sum(entry.world for entry in taken)
+    names = [name for batch in seen for name in batch.sample_ids]
+    assert set(names) == {entry.id for entry in ledger.entries if entry.outcome in ("kept", "trimmed")}
+    assert sum(window.trimmed for window in windows) == names.count("rows/long")
+    dropped = {item.sample_id: item.reason for window in windows for item in window.dropped}
+    assert (
+        dropped.keys() == ledger.ids("dropped").keys() == {"rows/many", "rows/broken", "rows/gone", "rows/rows.jsonl:9"}
+    )
+    if batching == "padded":  # the others are laid out before anything knows of the damaged image
+        tokens, positions = sum(batch.num_tokens for batch in seen), sum(batch.input_ids.numel() for batch in seen)
+        assert ledger.padding == pytest.approx(1 - tokens / positions, abs=1e-12)
 
 
 def test_the_table_says_it_in_words(call: Call, config: str):

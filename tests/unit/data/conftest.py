@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from PIL import Image
 
 from theworld_train.batch import Blank, EncodedSample, KnownEncodings
 from theworld_train.config.errors import Problem
-from theworld_train.data import Sample, UnreadableSampleError
+from theworld_train.data import Sample, Source, UnreadableSampleError
+from theworld_train.data.source import Finding
 
 IMAGE_TOKEN = 1000
 IMAGE_LENGTH = 4
@@ -84,8 +85,13 @@ class FakeSource:
     def outline(self, index: int) -> Sample:
         return self[index]
 
-    def check(self) -> list[Problem]:
-        return []
+    def check(self) -> Iterator[Finding]:
+        return iter(())
+
+
+def problems_of(source: Source) -> list[Problem]:
+    """Returns all that a check finds."""
+    return [problem for finding in source.check() for problem in finding.problems]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, List, Value
@@ -15,7 +16,7 @@ from datasets import Image as ImageFeature
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.sources import ParquetSource
 from theworld_train.data import open_source
-from theworld_train.data.arrow import ArrowRows, _without_bytes, parquet_rows
+from theworld_train.data.arrow import ArrowRows, Places, _without_bytes, parquet_rows
 
 
 @pytest.fixture(autouse=True)
@@ -56,11 +57,14 @@ def test_rows_and_outlines_of_a_dataset(monkeypatch: pytest.MonkeyPatch) -> None
     images = List(ImageFeature(decode=False))
     features = Features({"images": images, "id": Value("string")})
     rows = [{"images": [{"bytes": b"x" * number, "path": None}] * number, "id": str(number)} for number in range(5)]
-    stored = ArrowRows(Dataset.from_list(rows, features=features), "a/name", "name", "[{}]")
+    stored = ArrowRows(
+        Dataset.from_list(rows, features=features), "a", Places(("a/x", "a/y"), ("x", "y"), np.array([3, 5]))
+    )
     assert [stored[index] for index in range(5)] == rows
     outlines = list(stored.outlines(range(1, 5)))
     assert outlines == [{**row, "images": [{"bytes": b"", "path": None}] * len(row["images"])} for row in rows[1:]]
-    assert (stored.where(3), stored.label(3)) == ("a/name[3]", "name[3]")
+    assert [stored.where(index) for index in (0, 2, 3)] == ["a/x[0]", "a/x[2]", "a/y[0]"]
+    assert [stored.label(index) for index in (2, 4)] == ["x[2]", "y[1]"]
 
 
 def test_a_parquet_file_that_changes_is_read_anew(tmp_path: Path) -> None:

@@ -110,3 +110,9 @@ def test_what_is_packed_does_not_depend_on_chance():
     lengths = drawn(2)
     first, second = (laid_out(Batching("packed", MAX_LENGTH, lengths.copy()), list(range(40)), 2, 2) for _ in range(2))
     assert first == second
+
+
+def test_what_cannot_be_used_counts_as_what_replaces_it_within_its_part() -> None:
+    lengths = np.array([3, 0, 5, 0, 7, 0], dtype=np.int32)
+    assert Batching("padded", 9, lengths).tokens.tolist() == [3, 5, 5, 7, 7, 3]
+    assert Batching("padded", 9, lengths, ends=(4, 6)).tokens.tolist() == [3, 5, 5, 3, 7, 7]

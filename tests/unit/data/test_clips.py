@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.unit.data.conftest import problems_of
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.sources import ClipsSource, JsonlSource
-from theworld_train.data import Source, open_source
+from theworld_train.data import Source, UnreadableSampleError, open_source
 
 Write = Callable[..., Path]
 
@@ -43,7 +44,7 @@ def test_answers_that_are_folders(tmp_path: Path, write_image: Write) -> None:
     (tmp_path / ".cache" / "g").mkdir(parents=True)
     (tmp_path / "README.md").touch()
     source = read(tmp_path, questions=("One?", "Two?"))
-    assert source.check() == []
+    assert list(source.check()) == []
     outlines = [source.outline(index) for index in (0, 3, 4)]
     assert [sample.id for sample in outlines] == ["stops/c", "turns_left/a", "turns_left/b"]
     assert [sample.messages[0]["content"][1]["text"] for sample in outlines] == ["One?", "Two?", "One?"]
@@ -59,11 +60,11 @@ def test_answers_that_are_files(tmp_path: Path, write_image: Write) -> None:
     (tmp_path / "a.json").write_text('{"answer": "It stops.", "question": "Does it stop?", "kind": "motion"}')
     (tmp_path / "b.1.json").write_text('{"answer": "It falls.", "question": null}')
     source = read(tmp_path, answers="files", questions=("What next?",))
-    (problem,) = source.check()
+    (problem,) = problems_of(source)
     assert str(problem).startswith(f"{tmp_path}/c.json: cannot be read: No such file")
     assert [source[index].kind for index in (0, 1)] == ["motion", "all"]
     assert [source[index].messages[0]["content"][1]["text"] for index in (0, 1)] == ["Does it stop?", "What next?"]
-    with pytest.raises(ConfigError, match=r"c\.json: cannot be read"):
+    with pytest.raises(UnreadableSampleError, match=r"c\.json: cannot be read"):
         source[2]
 
 
@@ -73,10 +74,10 @@ def test_clips_are_not_followed_out_of_the_folder(tmp_path: Path, write_image: W
     (tmp_path / "data" / "label" / "clip").symlink_to(tmp_path / "elsewhere" / "clip")
     (tmp_path / "data" / "other").symlink_to(tmp_path / "elsewhere")
     source = read(tmp_path / "data")
-    assert [str(problem).split(": clip: ")[1].split(",")[0] for problem in source.check()] == [
+    assert [str(problem).split(": clip: ")[1].split(",")[0] for problem in problems_of(source)] == [
         "the path leaves the media root"
     ] * 2
-    with pytest.raises(ConfigError, match="leaves the media root"):
+    with pytest.raises(UnreadableSampleError, match="leaves the media root"):
         source[0]
 
 
@@ -90,11 +91,11 @@ def test_neither_frames_nor_answers_are_read_from_elsewhere(tmp_path: Path, writ
     (root / "a.json").write_text('{"answer": "x"}')
     (root / "b.json").symlink_to(tmp_path / "secret.json")
     source = read(root, answers="files")
-    first, second = (str(problem) for problem in source.check())
+    first, second = (str(problem) for problem in problems_of(source))
     assert f"a.json: clip: its frame 999.png leaves the media root, {root}" in first
     assert f"b.json: the path leaves the media root, {root}" in second
     for index in (0, 1):
-        with pytest.raises(ConfigError, match="leaves the media root"):
+        with pytest.raises(UnreadableSampleError, match="leaves the media root"):
             source[index]
     (root / "b.json").unlink()
     (root / "b.json").write_text('{"answer": "x"}')
@@ -131,7 +132,7 @@ def test_frames_by_time(tmp_path: Path, write_image: Write, rule: dict[str, floa
     frames(write_image, "label/clip", 21)
     rate = {"directory_fps": 10.0} if rule else {}
     source = read(tmp_path, max_video_frames=5, **rule, **rate)
-    assert source.check() == []
+    assert list(source.check()) == []
     assert taken(source) == expected
 
 
@@ -147,17 +148,17 @@ def test_clips_that_do_not_tell_their_frame_rate(tmp_path: Path, write_image: Wr
             turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "x"}]
             file.write(json.dumps({"messages": turns}) + "\n")
     source = open_source(JsonlSource(source="jsonl", path=str(path), window_s=1.0))
-    assert [str(problem) for problem in source.check()] == [
+    assert [str(problem) for problem in problems_of(source)] == [
         f"{path}:1: messages[0].content[0].path: the clip does not tell its frame rate (got 'clip'); set directory_fps",
         f"{path}:2: messages[0].content[0].frames: the clip does not tell its frame rate; set directory_fps",
     ]
     for index in (0, 1):
-        with pytest.raises(ConfigError, match="set directory_fps"):
+        with pytest.raises(UnreadableSampleError, match="set directory_fps"):
             source[index]
-        with pytest.raises(ConfigError, match="set directory_fps"):
+        with pytest.raises(UnreadableSampleError, match="set directory_fps"):
             source.outline(index)
     source = open_source(JsonlSource(source="jsonl", path=str(path), window_s=0.4, directory_fps=10.0))
-    assert source.check() == []
+    assert list(source.check()) == []
     assert [taken(source, index) for index in (0, 1)] == [[4, 5, 6, 7, 8]] * 2
 
 

@@ -1,7 +1,8 @@
-"""Samples that a file names are left out, and the others keep their places."""
+"""Samples that a file names and rows that are wrong are left out, and the others keep their places."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import pytest
 
 from theworld_train.config.errors import ConfigError
+from theworld_train.config.sources import JsonlSource
 from theworld_train.data import (
     Batching,
     Collator,
     ExcludedSampleError,
     ExcludingSource,
+    MixedSource,
+    Source,
     TrainingOrder,
     UnreadableSampleError,
+    check_rows,
+    open_source,
     read_exclusions,
     training_batches,
 )
@@ -81,3 +87,67 @@ def test_a_source_of_which_nothing_is_left_is_an_error(fake_source: Callable[...
     )
     with pytest.raises(ConfigError, match="none of 2 samples in a row is usable here; all are excluded"):
         next(windows)
+
+
+@pytest.fixture
+def rows(write_jsonl: Callable[..., Path], chat: Callable[..., dict[str, Any]]) -> Source:
+    """Seven rows, of which four are wrong: no turns, a missing image, an id that another row has, and no JSON."""
+    missing = chat([{"type": "image", "path": "absent.png"}, {"type": "text", "text": "what?"}], id="unseen")
+    path = write_jsonl(chat(id="a"), {"id": "b", "turns": []}, missing, chat(id="c"), chat(id="a"), "{", chat())
+    return open_source(JsonlSource(source="jsonl", path=str(path)))
+
+
+def test_each_wrong_row_is_known_by_its_place_its_id_and_its_reason(rows: Source, tmp_path: Path):
+    check = check_rows(rows, "data.train", allowed=4)
+    assert {index: name for index, (name, _) in check.wrong.items()} == {
+        1: "data.jsonl:2",
+        2: "unseen",
+        4: "data.jsonl:5",  # and not that of the row which had it first
+        5: "data.jsonl:6",
+    }
+    reasons = [reason for _, reason in check.wrong.values()]
+    fields = ["2: messages: the row has no", "3: messages[0].content[0].path: no such file", "5: id: the id is already"]
+    for reason, field in zip(reasons, [*fields, "6: not valid JSON"], strict=True):
+        assert reason.startswith(f"{tmp_path}/data.jsonl:{field}")
+    assert check.number == len(check.problems) == 4
+    assert check.refusals(4) == check.refusals(None) == []
+
+
+def test_one_wrong_row_too_many_is_refused_with_all_of_them(rows: Source):
+    *problems, last = check_rows(rows, "data.train", allowed=3).refusals(3)
+    assert len(problems) == 4
+    assert str(last).startswith("data.max_bad_samples: 4 rows are wrong, more than may (got 3); mend them")
+    assert len(check_rows(rows, "data.train", allowed=0).refusals(0)) == 4
+
+
+def test_excluded_rows_may_be_wrong_and_are_not_taken_all_the_same(rows: Source):
+    excluded = frozenset({"unseen", "data.jsonl:5"})
+    check = check_rows(rows, "data.train", 2, excluded)
+    assert check.number == len(check.problems) == 2
+    assert check.refusals(2) == []
+    source = ExcludingSource(rows, excluded, check.wrong)
+    for index in (2, 4):
+        with pytest.raises(ExcludedSampleError):
+            source.outline(index)
+    for index, name in ((1, "data.jsonl:2"), (5, "data.jsonl:6")):
+        with pytest.raises(UnreadableSampleError) as caught:
+            source[index]
+        assert caught.value.sample_id == name
+        assert not isinstance(caught.value, ExcludedSampleError)
+    assert [source[index].id for index in (0, 3, 6)] == ["a", "c", "data.jsonl:7"]
+
+
+def test_of_a_mixture_each_part_is_checked(rows: Source, fake_source: Callable[..., Any]):
+    mixed = MixedSource({"digits": fake_source(10), "chats": rows})
+    check = check_rows(mixed, "data.train", None)
+    assert [(index, name) for index, (name, _) in check.wrong.items()] == [
+        (11, "chats/data.jsonl:2"),
+        (12, "chats/unseen"),
+        (14, "chats/data.jsonl:5"),
+        (15, "chats/data.jsonl:6"),
+    ]
+
+
+def test_a_source_of_wrong_rows_alone_is_refused(write_jsonl: Callable[..., Path]):
+    rows = open_source(JsonlSource(source="jsonl", path=str(write_jsonl("{}", json.dumps({"messages": []})))))
+    assert len(check_rows(rows, "data.train", None).refusals(None)) == 2

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from tests.unit.data.conftest import problems_of
 from theworld_train.batch import Encoder
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.sources import HubSource
@@ -76,7 +77,7 @@ def test_the_published_layout(save: Save) -> None:
     path = save(ROWS)
     source = read(path)
     assert len(source) == 3
-    assert source.check() == []
+    assert list(source.check()) == []
     sample = source[1]
     assert (sample.id, sample.kind) == (f"{path}:1", "all")
     user, assistant = sample.messages
@@ -90,7 +91,7 @@ def test_the_published_layout(save: Save) -> None:
 def test_ids_kinds_plain_strings_and_further_columns(save: Save) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     source = read(save([{"id": "x", "kind": "k", "messages": turns, "score": 0.5}], features=None))
-    assert source.check() == []
+    assert list(source.check()) == []
     assert (source[0].id, source[0].kind) == ("x", "k")
 
 
@@ -125,17 +126,17 @@ def test_the_check_names_rows_and_reads_no_image(save: Save, monkeypatch: pytest
     source = read(path)
     monkeypatch.setattr(ImageFeature, "decode_example", None)
     monkeypatch.setattr("theworld_train.data.arrow.BATCH", 2)
-    first, second = (str(problem) for problem in source.check())
+    first, second = (str(problem) for problem in problems_of(source))
     assert first.startswith(f"{path}:1: messages: no assistant turn")
     assert second.startswith(f"{path}:2: images: images listed but unused: 0")
-    with pytest.raises(ConfigError, match="without an answer"):
+    with pytest.raises(UnreadableSampleError, match="without an answer"):
         source[1]
 
 
 def test_double_ids_are_refused(save: Save) -> None:
     rows = [{"id": name, **ROWS[2]} for name in ("a", "b", "a")]
     path = save(rows, features=Features({"id": Value("string"), **FEATURES}))
-    (problem,) = read(path).check()
+    (problem,) = problems_of(read(path))
     assert str(problem) == f"{path}:2: id: the id is already that of {path}:0 (got 'a'); make it unique"
 
 
@@ -147,9 +148,9 @@ def test_paths_are_refused(save: Save) -> None:
     part = {"type": Value("string"), "path": Value("string"), "text": Value("string")}
     features = Features({"messages": List({"role": Value("string"), "content": List(part)})})
     source = read(save([{"messages": turns}], features))
-    (problem,) = source.check()
+    (problem,) = problems_of(source)
     assert "paths have no meaning in a dataset" in str(problem)
-    with pytest.raises(ConfigError, match="paths have no meaning"):
+    with pytest.raises(UnreadableSampleError, match="paths have no meaning"):
         source[0]
 
 
@@ -162,9 +163,9 @@ def test_images_that_are_paths_are_refused(
     dataset = Dataset.from_list([foreign], features=Features({**FEATURES, "images": stored}))
     monkeypatch.setattr("theworld_train.data.hub._open", lambda _: dataset)
     source = read(path)
-    (problem,) = source.check()
+    (problem,) = problems_of(source)
     assert "images[0]: paths have no meaning in a dataset" in str(problem)
-    with pytest.raises(ConfigError, match="paths have no meaning"):
+    with pytest.raises(UnreadableSampleError, match="paths have no meaning"):
         source[0]
 
 
@@ -173,7 +174,7 @@ def test_a_damaged_image_names_the_sample(save: Save) -> None:
     Image.effect_noise((64, 64), 50).save(buffer, format="PNG")
     damaged = {**ROWS[0], "images": [{"bytes": buffer.getvalue()[:900], "path": None}]}
     source = read(save([damaged]))
-    assert source.check() == []
+    assert list(source.check()) == []
     with pytest.raises(UnreadableSampleError, match=r"images\[0\]: the image is damaged") as caught:
         source[0]
     assert caught.value.sample_id.endswith("saved:0")
@@ -222,7 +223,7 @@ def _cached(tmp_path: Path) -> None:
 def test_a_cached_dataset_is_read_offline() -> None:
     source = read("someone/pictures", split="train[:2]")
     assert len(source) == 2
-    assert source.check() == []
+    assert list(source.check()) == []
     assert source[0].id == "someone/pictures:0"
     with pytest.raises(ConfigError, match="split 'test'"):
         read("someone/pictures", split="test")

@@ -309,7 +309,7 @@ def test_images_as_they_are_found_are_read_or_their_sample_is_replaced(
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"messages": turns, "id": "odd"}) + "\n")
     source = open_source(JsonlSource(source="jsonl", path=str(rows)))
-    assert source.check() == []
+    assert list(source.check()) == []
     if isinstance(expected, str):
         with pytest.raises(UnreadableSampleError, match=rf"odd: .*a\{suffix}: .*{expected}"):
             source[0]

@@ -151,7 +151,7 @@ def test_the_source_draws_and_names_the_sample_that_it_cannot_draw(tmp_path: Pat
     path.write_text(json.dumps([row(), row(filename="b.png")]))
     for regions, is_drawn in (("draw", True), ("text", False)):
         source = open_source(SpatialRgptSource(source="spatialrgpt", path=str(path), regions=regions))
-        assert source.check() == []
+        assert list(source.check()) == []
         colors = source[0].messages[0]["content"][0]["image"].getcolors()
         assert (colors != [(100 * 50, WHITE)]) == is_drawn
     source = open_source(SpatialRgptSource(source="spatialrgpt", path=str(path)))

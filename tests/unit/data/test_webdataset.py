@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.unit.data.conftest import problems_of
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.sources import WebDatasetSource
 from theworld_train.data import Source, UnreadableSampleError, open_source
@@ -64,7 +65,7 @@ def test_shards_follow_each_other_by_name_and_are_read_in_any_order(tmp_path: Pa
     shard(tmp_path / "00000.tar", samples(0, 3))
     (tmp_path / "00000.parquet").write_bytes(b"metadata that img2dataset leaves")
     source = read(tmp_path)
-    assert source.check() == []
+    assert list(source.check()) == []
     assert captions(source) == [f"number {key}" for key in range(5)]
     for index in (4, 0, 3, 2):
         sample = source[index]
@@ -77,7 +78,7 @@ def test_each_kind_of_header(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = "a" * 90
     members = [(f"./{folder}/{'b' * 60}.{suffix}", data) for suffix, data in (("png", picture(1)), ("txt", b"one"))]
     source = read(shard(tmp_path / "a.tar", members, **options))
-    assert source.check() == []
+    assert list(source.check()) == []
     assert source[0].id == f"a.tar:./{folder}/{'b' * 60}"
 
 
@@ -96,15 +97,28 @@ def test_what_is_a_sample(tmp_path: Path) -> None:
         (".hidden.png", b"left alone"),
     ]
     source = read(shard(tmp_path / "a.tar", members))
-    assert source.check() == []
+    assert list(source.check()) == []
     assert captions(source) == ["one", "zwei"]
     assert [source[index].id for index in (0, 1)] == ["a.tar:train/a", "a.tar:test/a"]
 
 
 def test_members_that_are_not_neighbours_are_told(tmp_path: Path) -> None:
     members = [("0.png", picture(1)), ("1.png", picture(2)), ("0.txt", b"zero"), ("1.txt", b"one")]
-    found = [str(problem) for problem in read(shard(tmp_path / "a.tar", members)).check()]
-    assert [problem.split(": ")[0].rpartition("/")[2] for problem in found] == [f"a.tar:{key}" for key in (0, 1, 0, 1)]
+    found = [str(problem) for problem in problems_of(read(shard(tmp_path / "a.tar", members)))]
+    assert [problem.split(": ")[0].rpartition("/")[2] for problem in found] == [
+        f"a.tar:{key}" for key in ("0", "1", "0 (2)", "1 (2)")
+    ]
+
+
+def test_no_two_samples_have_the_same_id(tmp_path: Path) -> None:
+    """Keys may be those of other shards, and of samples of the same shard that are no neighbours."""
+    again = [(f"0 (2).{suffix}", data) for suffix, data in (("png", picture(3)), ("txt", b"three"))]
+    first, second = ([(f"{key}.png", picture(key)), (f"{key}.txt", b"one")] for key in (0, 1))
+    shard(tmp_path / "a.tar", [*first, *second, *again, *first])
+    shard(tmp_path / "b.tar", first)
+    source = read(tmp_path)
+    assert list(source.check()) == []
+    assert [source[index].id for index in range(5)] == ["a.tar:0", "a.tar:1", "a.tar:0 (2)", "a.tar:0 (3)", "b.tar:0"]
 
 
 def test_conversations_about_several_images(tmp_path: Path) -> None:
@@ -116,7 +130,7 @@ def test_conversations_about_several_images(tmp_path: Path) -> None:
     }
     members = [("0.left.png", picture(1)), ("0.right.png", picture(2)), ("0.json", json.dumps(row).encode())]
     source = read(shard(tmp_path / "a.tar", members), format="conversations")
-    assert source.check() == []
+    assert list(source.check()) == []
     assert (source[0].id, source[0].kind) == ("mine", "two")
     assert [part["image"].getpixel((0, 0))[0] for part in source[0].messages[0]["content"][:2]] == [2, 1]
 
@@ -126,15 +140,15 @@ def test_paths_in_conversations_are_refused(tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}
     members = [("0.png", picture(1)), ("0.json", json.dumps(row).encode())]
     source = read(shard(tmp_path / "a.tar", members), format="conversations")
-    (problem,) = source.check()
+    (problem,) = problems_of(source)
     assert "messages[0].content[1].path: paths have no meaning" in str(problem)
-    with pytest.raises(ConfigError, match="paths have no meaning"):
+    with pytest.raises(UnreadableSampleError, match="paths have no meaning"):
         source[0]
 
 
 def test_a_damaged_image_names_the_sample(tmp_path: Path) -> None:
     source = read(shard(tmp_path / "a.tar", [("0.jpg", picture(1)[:30]), ("0.txt", b"zero")]))
-    assert source.check() == []
+    assert list(source.check()) == []
     with pytest.raises(UnreadableSampleError, match=r"a\.tar:0: images"):
         source[0]
 
@@ -253,7 +267,7 @@ def test_random_damage_ends_in_an_error_or_a_sample(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         try:
             source = read(path)
-            problems = source.check()
+            problems = problems_of(source)
             for index in range(len(source)):
                 assert source[index].messages or problems
         except (ConfigError, UnreadableSampleError):

@@ -97,7 +97,7 @@ def test_what_is_written_is_what_training_reads(site: Site, settings: Settings):
     assert "more than 67,108,864 pixels" in lines[2]["detail"]
 
     source = open_source(ParquetSource(source="parquet", path=str(out / "rows.parquet")))
-    assert source.check() == []
+    assert list(source.check()) == []
     samples = [source[index] for index in range(len(source))]
     assert [sample.id for sample in samples] == [f"rows.jsonl:{number}" for number in (1, 3, 5, 9)]
     for sample, color in zip(samples, ("red", "green", "red", "blue"), strict=True):
