@@ -21,13 +21,14 @@ A, B = "a" * 40, "b" * 40
 FILES = {
     BASE: ["config.json", "model.safetensors", "tokenizer.model", "README.md", "pytorch_model.bin", "run.py"],
     ENCODER: ["vae/config.json", "vae/model.safetensors", "vae/model.pth", "model.safetensors", "t5/model.safetensors"],
+    DATA: ["README.md", "data/train-00000-of-00001.parquet", "data/train.zip", "load.py"],
 }
 
 
-def config_of(data: str | None = None, revision: str | None = None, **model: Any) -> RunConfig:
+def config_of(data: str | None = None, revision: str | None = None, streaming: bool = False, **model: Any) -> RunConfig:
     source: dict[str, Any] = {"source": "moving_digits", "split": "train", "samples": 4}
     if data is not None:
-        source = {"source": "hub", "id": data}
+        source = {"source": "hub", "id": data, "streaming": streaming}
     return parse_run_config(
         {
             "name": "a",
@@ -63,17 +64,20 @@ class Hub:
         raise self.gated[name]
 
     def snapshot_download(
-        self, name: str, *, revision: str, allow_patterns: list[str], local_files_only: bool = False
+        self, name: str, *, repo_type: str, revision: str, allow_patterns: list[str], local_files_only: bool = False
     ) -> str:
+        assert repo_type == ("dataset" if name == DATA else "model")
         if local_files_only:
-            return self.local(name, revision=revision, allow_patterns=allow_patterns, local_files_only=True)
+            return self.local(
+                name, repo_type=repo_type, revision=revision, allow_patterns=allow_patterns, local_files_only=True
+            )
         self.calls.append(f"download {name} {revision}")
         return str(self.write(name, revision, allow_patterns))
 
     def write(self, name: str, revision: str = "main", patterns: list[str] | None = None) -> Path:
         """Fills the cache in the hub's layout, the listing of the whole repository included."""
         commit = self.commits.get(revision, revision)
-        folder = self.cache / f"models--{name.replace('/', '--')}"
+        folder = self.cache / f"{'datasets' if name == DATA else 'models'}--{name.replace('/', '--')}"
         listed = {file: {"size": 5, "blob_id": "0" * 40} for file in FILES[name]}
         wanted = huggingface_hub.utils.filter_repo_objects(FILES[name], allow_patterns=patterns)
         contents = {f"snapshots/{commit}/{file}": "12345" for file in wanted}
@@ -199,6 +203,33 @@ def test_datasets_are_fetched_at_the_commit_that_is_locked(
     monkeypatch.setattr("theworld_train.data.hub.fetch_dataset", asked.append)
     assert fetch(config_of(DATA)).datasets == {DATA: LockedDataset(revision="main", commit=A)}
     assert [(source.id, source.revision, source.config_name) for source in asked] == [(DATA, A, None)]
+
+
+def test_of_a_stream_its_parquet_files_are_fetched_and_nothing_that_runs_code(
+    server: Hub, fetch: Fetch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld_train.data.hub.fetch_dataset", None)
+    config = config_of(DATA, streaming=True)
+    (problem,) = [problem for problem in hub.ensure_local(config, Lock()) if problem.key == "data.train.id"]
+    assert problem.message == "revision 'main' is not in the local cache"
+    lock = fetch(config)
+    sizes = {"README.md": 5, "data/train-00000-of-00001.parquet": 5}
+    assert lock.datasets == {DATA: LockedDataset(revision="main", commit=A, configs=(), files=sizes)}
+    folder = server.cache / "datasets--someone--pictures" / "snapshots" / A
+    assert {path.name for path in folder.rglob("*.*")} == {"README.md", "train-00000-of-00001.parquet"}
+    assert hub.ensure_local(config, lock) == hub.check_lock(lock) == []
+    server.calls.clear()
+    print(fetch(config).datasets, server.calls, lock.datasets)
+    assert 0
+    (folder / "data" / "train-00000-of-00001.parquet").write_text("123")
+    for problems in (hub.ensure_local(config, lock), hub.check_lock(lock)):
+        assert ["3 bytes instead of 5; delete " in problem.message for problem in problems] == [True]
+
+
+def test_a_stream_of_no_parquet_files_is_refused(server: Hub, fetch: Fetch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FILES, DATA, ["README.md", "train.jsonl"])
+    (problem,) = problems_of(lambda: fetch(config_of(DATA, streaming=True)))
+    assert "no Parquet in" in problem
 
 
 # -- what training asks -------------------------------------------------------------------------------------------

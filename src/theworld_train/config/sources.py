@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from theworld_train.config.section import Fraction, Name, Path, PositiveFloat, PositiveInt, Repository, Section, Seed
 
+#: Files of a dataset's repository that a stream is read from; its card says which of them belong to which split.
+STREAM_FILES = ("*.parquet", "README.md")
+
 Questions = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
-from theworld_train.config.sources import HubSource
+from theworld_train.config.sources import STREAM_FILES, HubSource
 from theworld_train.data.arrow import OWN_COLUMNS, ArrowRows, Places
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.formats import LLAVA, SHAREGPT, Format, own_format
@@ -24,8 +24,6 @@ FORMATS: dict[str, tuple[tuple[str, ...], Format]] = {
     "llava": (("conversations", "image"), LLAVA),
     "sharegpt": (("conversations", "images", "system"), SHAREGPT),
 }
-#: What a stream is read from: Parquet files, and the card that says which of them belong to which split.
-STREAM_PATTERNS = ("*.parquet", "README.md")
 FETCH_HINT = "fetch it once while the network is reachable: theworld-train fetch CONFIG"
 
 
@@ -53,7 +51,7 @@ def open_hub(config: HubSource) -> Conversations:
 
 
 def fetch_dataset(config: HubSource) -> str | None:
-    """Downloads a dataset into the local cache, or opens it there.
+    """Downloads a dataset into the local cache as `open_hub` reads it unless it streams, or opens it there.
 
     Returns:
         The commit on the hub, or None for a directory.
@@ -63,8 +61,6 @@ def fetch_dataset(config: HubSource) -> str | None:
     """
     if Path(config.id).is_dir():
         return None
-    if config.streaming:
-        return _snapshot(config).name
     builder = _builder(config)
     builder.download_and_prepare()
     commit: str = builder.hash
@@ -83,16 +79,16 @@ def _open_stream(config: HubSource) -> Conversations:
 
 
 def _snapshot(config: HubSource) -> Path:
-    """Returns the folder of a repository's Parquet files in the local cache, which are downloaded unless offline."""
-    from huggingface_hub import constants, snapshot_download
+    """Returns the folder of a repository's Parquet files in the local cache."""
+    from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
             config.id,
             repo_type="dataset",
             revision=config.revision,
-            allow_patterns=list(STREAM_PATTERNS),
-            local_files_only=constants.HF_HUB_OFFLINE,
+            allow_patterns=list(STREAM_FILES),
+            local_files_only=True,
         )
     except (OSError, ValueError) as error:
         message = f"neither a directory nor a dataset whose Parquet files are in the local cache: {error}"

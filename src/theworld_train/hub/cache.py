@@ -60,7 +60,8 @@ def _locked(lock: Lock, source: str | None) -> Iterator[tuple[Repository, str]]:
     for name, model in lock.models.items():
         yield Repository("model", name, model.revision, "models", None, tuple(model.files), (), source), model.commit
     for name, data in lock.datasets.items():
-        yield Repository("dataset", name, data.revision, "datasets", None, (), data.configs, source), data.commit
+        patterns = tuple(data.files)
+        yield Repository("dataset", name, data.revision, "datasets", None, patterns, data.configs, source), data.commit
 
 
 def missing(use: Repository, commit: str | None, lock: Lock) -> str | None:
@@ -76,21 +77,29 @@ def missing(use: Repository, commit: str | None, lock: Lock) -> str | None:
     """
     if use.kind == "dataset":
         reasons = (_missing_dataset(use.id, commit, name) for name in use.configs)
-        return next((reason for reason in reasons if reason is not None), None)
-    folder = _snapshot(use.id, commit or wanted(use.revision), use.patterns)
+        if (reason := next((reason for reason in reasons if reason is not None), None)) or not use.patterns:
+            return reason
+    folder = _snapshot(use, commit or wanted(use.revision))
     if isinstance(folder, str):
         return folder
-    entry = lock.models.get(use.id)
+    entry = lock.entry(use.kind, use.id)
     sizes = entry.files if entry is not None and entry.commit == folder.name else {}
-    return _wrong_files(folder, sizes) or _missing_weights(folder, use.patterns)
+    wrong = _wrong_files(folder, sizes)
+    if wrong is not None or use.kind == "model":
+        return wrong or _missing_weights(folder, use.patterns)
+    return None if any(name.endswith(".parquet") for name in files(folder, use.patterns)) else f"no Parquet in {folder}"
 
 
-def _snapshot(name: str, revision: str, patterns: Sequence[str]) -> Path | str:
-    """Returns a model's folder in the local cache, or why there is none."""
+def _snapshot(use: Repository, revision: str) -> Path | str:
+    """Returns a repository's folder in the local cache, or why there is none."""
     what = f"commit {revision}" if is_commit(revision) else f"revision {revision!r}"
     try:
         folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=list(patterns) or None, local_files_only=True
+            use.id,
+            repo_type=use.kind,
+            revision=revision,
+            allow_patterns=list(use.patterns) or None,
+            local_files_only=True,
         )
     except (OSError, ValueError) as error:
         # Its subclass for a part that is missing is younger than the oldest release that is supported.

@@ -114,20 +114,28 @@ def _download(repository: Repository, target: _Target, lock: Lock) -> LockedMode
     """Fetches a repository, or opens it in the cache, and returns what the lock is to say of it."""
     revision = wanted(repository.revision)
     if repository.kind == "dataset":
-        return LockedDataset(
-            revision=revision, commit=_download_dataset(repository, target), configs=repository.configs
-        )
+        commit = _download_dataset(repository, target)
+        found = _download_files(repository, target, lock) if repository.patterns else None
+        sizes = {} if found is None else files(found, repository.patterns)
+        return LockedDataset(revision=revision, commit=commit, configs=repository.configs, files=sizes)
+    path = _download_files(repository, target, lock)
+    return LockedModel(revision=revision, commit=path.name, files=files(path, repository.patterns))
+
+
+def _download_files(repository: Repository, target: _Target, lock: Lock) -> Path:
+    """Fetches the files of a repository, or finds them in the cache, and returns their folder."""
     # By the revision's name, the cache learns what it stands for; its commit may be a newer one by now.
     folder = huggingface_hub.snapshot_download(
         repository.id,
-        revision=revision if target.moving else target.commit,
+        repo_type=repository.kind,
+        revision=wanted(repository.revision) if target.moving else target.commit,
         allow_patterns=list(repository.patterns),
         local_files_only=target.here,
     )
     path = Path(folder)
     if (reason := missing(repository, path.name, lock)) is not None:
         raise ConfigError(repository.problem(reason, f"what it should hold: {repository.url}/tree/{path.name}"))
-    return LockedModel(revision=revision, commit=path.name, files=files(path, repository.patterns))
+    return path
 
 
 def _download_dataset(repository: Repository, target: _Target) -> str:
@@ -149,7 +157,8 @@ def _recorded(lock: Lock, name: str, entry: LockedModel | LockedDataset) -> Lock
     dataset = lock.datasets.get(name)
     if dataset is not None and dataset.commit == entry.commit:
         names = tuple(dict.fromkeys((*dataset.configs, *entry.configs)))
-        entry = entry.model_copy(update={"configs": names})
+        sizes = dict(sorted({**dataset.files, **entry.files}.items()))
+        entry = entry.model_copy(update={"configs": names, "files": sizes})
     return lock.model_copy(update={"datasets": {**lock.datasets, name: entry}})
 
 

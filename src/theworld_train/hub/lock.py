@@ -36,11 +36,15 @@ class LockedModel(_Record):
 
 
 class LockedDataset(_Record):
-    """A dataset: the revision that configs ask for, the commit that it is, and the configurations that were fetched."""
+    """A dataset: the revision that configs ask for, the commit that it is, and what was fetched of it.
+
+    That is configurations, and of one that is streamed its files with their sizes.
+    """
 
     revision: str
     commit: Commit
     configs: tuple[str | None, ...] = (None,)
+    files: dict[str, int] = {}
 
 
 class Lock(_Record):

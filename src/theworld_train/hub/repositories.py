@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from theworld_train.config.credentials import looks_secret
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
-from theworld_train.config.sources import HubSource, leaf_sources
+from theworld_train.config.sources import STREAM_FILES, HubSource, leaf_sources
 from theworld_train.hub.lock import Kind, Lock, pinned_revision
 
 #: What a Gemma 3 checkpoint is loaded from. Formats that run code when they are opened are never downloaded.
@@ -35,8 +35,8 @@ class Repository:
         revision: Revision that the config states.
         key: Key of the config that names it.
         revision_key: Key of the config that states its revision; None if that is not the config's to say.
-        patterns: Files that are needed of a model.
-        configs: Configurations that are needed of a dataset.
+        patterns: Files that are needed of a model, or of a dataset that is streamed.
+        configs: Configurations that are needed of a dataset that is copied.
         source: File that the config came from.
     """
 
@@ -101,8 +101,8 @@ def _dataset_uses(config: RunConfig) -> Iterator[Repository]:
     leaves = leaf_sources(config.data.train, "data.train") | leaf_sources(config.data.eval, "data.eval")
     for key, data in leaves.items():
         if isinstance(data, HubSource):
-            configs = (data.config_name,)
-            yield Repository("dataset", data.id, data.revision, f"{key}.id", f"{key}.revision", configs=configs)
+            patterns, configs = (STREAM_FILES, ()) if data.streaming else ((), (data.config_name,))
+            yield Repository("dataset", data.id, data.revision, f"{key}.id", f"{key}.revision", patterns, configs)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from tests.helpers.tiny import TinyCheckpoint
-from tests.unit.data.test_sources import EXAMPLES, Example, as_clips, as_dataset
+from tests.unit.data.test_sources import EXAMPLES, Example, as_clips
 from tests.unit.data.test_sources import _cache as _cache  # copies of Parquet files go where the test is
 from theworld_train.batch import Batch
 from theworld_train.config import parse_run_config
@@ -79,7 +79,7 @@ def write_rows(name: str, folder: Path) -> dict[str, Any]:
         file = folder / Path(str(example.image)).with_name(f"{number}-{Path(str(example.image)).name}")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(picture(number)[: 40 if number == ROWS - 1 else None])
-    return {**yaml.safe_load(example.config), ("id" if example.write is as_dataset else "path"): str(path)}
+    return {**yaml.safe_load(example.config), example.key: str(path)}
 
 
 def section(name: str, tmp_path: Path) -> dict[str, Any]:
@@ -112,8 +112,10 @@ class Loading:
     collator: Collator
     order: Order
 
-    def steps(self, number: int, kind: BatchingKind = "padded", world_size: int = 1, workers: int = 0) -> list[Step]:
-        """Returns, of the first steps, the micro-batches in the order of the step, and what was dropped."""
+    def steps(
+        self, number: int, kind: BatchingKind = "padded", world_size: int = 1, workers: int = 0, start: int = 0
+    ) -> list[Step]:
+        """Returns, of so many steps, the micro-batches in the order of the step, and what was dropped."""
         indices = range(len(self.source))
         lengths = None if kind == "padded" else measure_lengths(self.source, self.collator, indices, 0)
         batching = Batching(kind, self.collator.max_length, lengths, tuple(part_ends(self.source)))
@@ -127,7 +129,7 @@ class Loading:
                 rank=rank,
                 world_size=world_size,
                 micro_batch_size=1,
-                start_step=0,
+                start_step=start,
                 num_steps=number,
                 num_workers=workers,
                 pin_memory=False,
@@ -176,6 +178,7 @@ def test_neither_workers_nor_ranks_change_what_a_step_holds(name: str, load: Cal
     assert len(seen) == bad, "the wrong row and the damaged medium were met"
     assert loading.steps(2, workers=2) == alone
     assert loading.steps(2, world_size=2) == alone
+    assert loading.steps(1, start=1, workers=1) == alone[1:], "a resumed run goes on where it was"
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -190,6 +193,7 @@ def test_nor_do_they_in_a_mixture_of_all_kinds(load: Callable[[str], Loading]) -
     for workers in (2, 4):
         assert loading.steps(number, workers=workers) == alone
     assert loading.steps(number, world_size=2, workers=1) == alone
+    assert loading.steps(2, world_size=2, start=number - 2) == alone[-2:]
     for kind in ("grouped", "packed"):
         alone = loading.steps(5, kind)
         assert loading.steps(5, kind, world_size=2, workers=1) == alone

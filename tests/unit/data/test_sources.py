@@ -7,7 +7,7 @@ import json
 import pickle
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ def as_parquet(path: Path, rows: list[Row]) -> None:
     datasets.Dataset.from_list(rows).to_parquet(path)
 
 
+def as_groups(path: Path, rows: list[Row]) -> None:
+    """Writes row groups of two rows each."""
+    datasets.Dataset.from_list(rows).to_parquet(path, batch_size=2)
+
+
 def as_tsv(path: Path, rows: list[Row]) -> None:
     path.write_text("".join("\t".join(row.values()) + "\n" for row in rows))
 
@@ -85,6 +90,12 @@ def as_clips(path: Path, rows: list[Row]) -> None:
 
 def as_dataset(path: Path, rows: list[Row]) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(path)
+
+
+def as_repository(path: Path, rows: list[Row]) -> None:
+    """Writes a directory as the hub has it."""
+    (path / "data").mkdir(parents=True)
+    as_groups(path / "data" / "train-00000-of-00001.parquet", rows)
 
 
 # -- the samples ------------------------------------------------------------------------------------------------------
@@ -150,6 +161,11 @@ class Example:
     kind: str = "all"
     wrong: list[tuple[Row, str]] = field(default_factory=list)
 
+    @property
+    def key(self) -> str:
+        """Names the file or folder in the YAML of the source."""
+        return "id" if "source: hub" in self.config else "path"
+
 
 CHAT_WRONG = [
     ({"conversations": None}, "conversations: expected a list of turns"),
@@ -188,6 +204,20 @@ EXAMPLES = {
         wrong=[
             ({"messages": TURN[:1]}, "messages: no assistant turn"),
             ({"images": ["/etc/a.jpg"]}, "images[0]: media paths are relative"),
+        ],
+    ),
+    "parquet as a stream": Example(
+        "{source: parquet, streaming: true}",
+        "data.parquet",
+        as_groups,
+        {**OWN, "images": [{"bytes": jpeg(), "path": None}], "score": 0.5},
+        None,
+        "What is it?",
+        "A cup.",
+        "[0]",
+        wrong=[
+            ({"messages": TURN[:1]}, "messages: no assistant turn"),
+            ({"images": []}, "messages[0].content[0]: the part asks for image 0"),
         ],
     ),
     "llava": Example(
@@ -382,6 +412,17 @@ EXAMPLES = {
         ":0",
         wrong=[({"messages": TURN[:1]}, "messages: no assistant turn")],
     ),
+    "hub as a stream": Example(
+        "{source: hub, streaming: true}",
+        "repository",
+        as_repository,
+        {**OWN, "images": [{"bytes": jpeg(), "path": None}]},
+        None,
+        "What is it?",
+        "A cup.",
+        "/data/train-00000-of-00001.parquet[0]",
+        wrong=[({"messages": TURN[:1]}, "messages: no assistant turn")],
+    ),
     "hub in LLaVA's format": Example(
         "{source: hub, format: llava}",
         "saved",
@@ -416,7 +457,7 @@ def open_example(example: Example, folder: Path, rows: list[Row], **fields: obje
         image = folder / example.image
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(jpeg())
-    source = {**yaml.safe_load(example.config), ("id" if example.write is as_dataset else "path"): str(path), **fields}
+    source = {**yaml.safe_load(example.config), example.key: str(path), **fields}
     config = {
         "name": "example",
         "output_dir": "runs/example",
@@ -435,8 +476,8 @@ def test_a_sample_becomes_the_same_structure(example: Example, tmp_path: Path, e
     sample = source[0]
     assert (sample.kind, sample.world) == (example.kind, True)
     # A folder of clips calls its samples by their clips, a dataset by the name that the config gives it.
-    names = {as_clips: example.row.get("clip"), as_dataset: f"{tmp_path / example.name}{example.place}"}
-    assert sample.id == names.get(example.write, f"{example.name}{example.place}")
+    named = f"{example.name}{example.place}" if example.key == "path" else f"{tmp_path / example.name}{example.place}"
+    assert sample.id == (example.row["clip"] if example.write is as_clips else named)
     user, assistant = sample.messages
     assert assistant == {"role": "assistant", "content": [{"type": "text", "text": example.answer}]}
     assert user["role"] == "user"
@@ -567,7 +608,7 @@ def test_a_file_of_another_kind_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, example in EXAMPLES.items() if example.write not in (as_clips, as_dataset)]
+    "name", [name for name, example in EXAMPLES.items() if example.write is not as_clips and example.key == "path"]
 )
 def test_a_missing_file_is_refused(name: str, tmp_path: Path) -> None:
     example = Example(**{**vars(EXAMPLES[name]), "write": lambda path, rows: None})
@@ -575,14 +616,15 @@ def test_a_missing_file_is_refused(name: str, tmp_path: Path) -> None:
         open_example(example, tmp_path, [])
 
 
-@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.write is not as_dataset])
+@pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if example.key == "path"])
 def test_a_source_without_rows_is_refused(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]
     if example.write is as_clips:
         (tmp_path / example.name).mkdir()
-    rows = {as_parquet: lambda path, rows: datasets.Dataset.from_dict({"messages": []}).to_parquet(path)}
+    if example.write in (as_parquet, as_groups):
+        example = replace(example, write=lambda path, _: datasets.Dataset.from_dict({"messages": []}).to_parquet(path))
     with pytest.raises(ConfigError, match="holds no"):
-        open_example(Example(**{**vars(example), "write": rows.get(example.write, example.write)}), tmp_path, [])
+        open_example(example, tmp_path, [])
 
 
 def test_ids_of_other_formats_may_repeat(tmp_path: Path) -> None:
