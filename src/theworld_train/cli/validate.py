@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +12,8 @@ from theworld_train.cli.arguments import split_overrides
 from theworld_train.cli.problems import EXIT_CODE, render_problems
 from theworld_train.config import (
     ConfigError,
+    Problem,
+    RunConfig,
     config_kind,
     load_pipeline_config,
     load_run_config,
@@ -22,10 +26,12 @@ def validate(
         list[str],
         typer.Argument(metavar="CONFIG | KEY=VALUE", help="YAML files, then overrides that hold for all."),
     ],
+    rows: Annotated[bool, typer.Option("--data", help="Check every row of the data, too.")] = False,
 ) -> None:
     """Check run configs and pipelines, and with a pipeline the configs of its stages.
 
-    Nothing is loaded but the YAML files. Every file is reported; the exit code is 2 if any is wrong.
+    Nothing is loaded but the YAML files, and with --data the rows that they name, each of which has to be right; no
+    medium is opened. Every file is reported; the exit code is 2 if any is wrong.
 
     Example:
         theworld-train validate configs/stages/projection.yaml optimizer.lr=3e-4
@@ -33,15 +39,15 @@ def validate(
     paths, overrides = split_overrides(arguments)
     if not paths:
         raise ConfigError("no config file is named, only overrides")
-    errors = [error for path in paths if (error := _report(path, overrides))]
+    errors = [error for path in paths if (error := _report(path, overrides, rows))]
     if errors:
         raise typer.Exit(EXIT_CODE)
 
 
-def _report(path: str, overrides: list[str]) -> ConfigError | None:
+def _report(path: str, overrides: list[str], rows: bool) -> ConfigError | None:
     """Prints the line of one file, and its problems if it has any."""
     try:
-        typer.echo(f"ok     {path}: {_summary(path, overrides)}")
+        typer.echo(f"ok     {path}: {_summary(path, overrides, rows)}")
     except ConfigError as error:
         typer.echo(f"wrong  {path}")
         typer.echo(render_problems(error), err=True)
@@ -49,10 +55,44 @@ def _report(path: str, overrides: list[str]) -> ConfigError | None:
     return None
 
 
-def _summary(path: str, overrides: list[str]) -> str:
+def _summary(path: str, overrides: list[str], rows: bool) -> str:
     if config_kind(path) == "pipeline":
         pipeline = load_pipeline_config(path, overrides)
-        stages = [stage.name for stage in load_stage_configs(pipeline, source=path)]
-        return f"pipeline '{pipeline.name}' of {', '.join(stages)}"
+        stages = load_stage_configs(pipeline, source=path)
+        checked = _check_data(stages) if rows else ""
+        return f"pipeline '{pipeline.name}' of {', '.join(stage.name for stage in stages)}{checked}"
     config = load_run_config(path, overrides)
-    return f"run '{config.name}' trains {', '.join(config.trainable)}"
+    checked = _check_data([config]) if rows else ""
+    return f"run '{config.name}' trains {', '.join(config.trainable)}{checked}"
+
+
+def _check_data(configs: Sequence[RunConfig]) -> str:
+    """Checks every row that is not excluded, of data that several configs share once; returns what can be said.
+
+    Raises:
+        ConfigError: With the first problems of each data set.
+    """
+    from theworld_train.cli.ranks import offline
+
+    offline()
+    from theworld_train import hub
+    from theworld_train.data import check_rows, open_source, read_exclusions
+
+    numbers: dict[str, int] = {}
+    problems: list[Problem] = []
+    for unpinned in configs:
+        config = hub.pin_revisions(unpinned, hub.read_lock(hub.LOCK_FILE))
+        excluded = read_exclusions(Path(file) for file in config.data.exclude)
+        for key, data, left_out in (("train", config.data.train, excluded), ("eval", config.data.eval, frozenset())):
+            name = repr((data, left_out))
+            if data is None or name in numbers:
+                continue
+            try:
+                source = open_source(data)
+                numbers[name] = len(source)
+                problems += check_rows(source, f"data.{key}", 0, left_out).problems
+            except ConfigError as error:
+                problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return f"; {sum(numbers.values()):,} rows are right"

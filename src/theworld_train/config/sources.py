@@ -127,7 +127,7 @@ class SpatialRgptSource(FileSource):
     """How the model is shown the regions: `draw`n into the image as numbered outlines, or by their box as `text`."""
 
 
-class WebDatasetSource(Section):
+class WebDatasetSource(ClipRules):
     """Shards as WebDataset and img2dataset write them: tar files whose members share a key for each sample."""
 
     source: Literal["webdataset"]
@@ -135,10 +135,13 @@ class WebDatasetSource(Section):
     path: Path
     """A tar file, or a directory whose tar files are the shards, in the order of their names."""
     format: Literal["captions", "conversations", "llava"] = "captions"
-    """What a sample is: an image and its caption (`.txt`), or a `.json` with a conversation in our format or LLaVA's,
-    whose images are the sample's."""
+    """What a sample is: an image or clip and its caption (`.txt`), or a `.json` with a conversation in our format or
+    LLaVA's, whose images and clips are the sample's."""
     questions: Questions = ("Describe the image.",)
     """What the user asks for a caption, taken in turn."""
+    max_video_frames: PositiveInt = 1
+    """Most frames taken from a clip, 1 + 4k of them, which end in its last frame; 1, the last frame alone, unless set,
+    as most shards hold images."""
 
 
 class ClipsSource(ClipRules):
@@ -155,7 +158,7 @@ class ClipsSource(ClipRules):
     """What the user asks about clips that state no question, taken in turn."""
 
 
-class HubSource(Section):
+class HubSource(ClipRules):
     """A Hugging Face dataset whose rows hold conversations and their images, read from a copy on disk."""
 
     source: Literal["hub"]
@@ -169,7 +172,11 @@ class HubSource(Section):
     split: str = "train"
     """Split to read; slices such as `train[:1%]` work."""
     format: Literal["conversations", "llava", "sharegpt"] = "conversations"
-    """Format of a row: `messages` and `images` as in our own, or `conversations` with `image` (LLaVA) or `images`."""
+    """Format of a row: `messages`, `images` and `videos` as in our own, or `conversations` with the media of LLaVA's
+    (`image`, `video`) or ShareGPT's (`images`, `videos`)."""
+    max_video_frames: PositiveInt = 1
+    """Most frames taken from a clip, 1 + 4k of them, which end in its last frame; 1, the last frame alone, unless set,
+    as most datasets hold images."""
     streaming: bool = False
     """Read the row groups of its Parquet files where they lie, in turn, and shuffle the rows of four at a time. A
     directory is then one of the hub's layout, and `split` a whole split."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,13 +15,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.data.rows import existing_file
+from theworld_train.data.rows import Later, existing_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 #: Columns of our own format; others, however large, are left alone.
-OWN_COLUMNS = ("messages", "images", "id", "kind", "world")
+OWN_COLUMNS = ("messages", "images", "videos", "id", "kind", "world")
+#: Columns that hold clips, whose bytes tell how many frames there are.
+VIDEO_COLUMNS = ("video", "videos")
 #: Rows that are read at once when all of them are.
 BATCH = 1000
 
@@ -86,7 +90,8 @@ class ArrowRows:
                 for name, column in zip(table.column_names, table.columns, strict=True)
             }
             for offset in range(len(table)):
-                yield {name: values[offset] for name, values in columns.items()}
+                row = {name: values[offset] for name, values in columns.items()}
+                yield with_clips_later(row, partial(self.__getitem__, start + offset))
 
     def where(self, index: int) -> str:
         """Returns the dataset's name and the row's number, counted from 0."""
@@ -135,6 +140,24 @@ def parquet_rows(path: Path, columns: Sequence[str] | None = None) -> ArrowRows:
         dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
     places = Places([str(shard) for shard in shards], [shard.name for shard in shards], ends)
     return ArrowRows(dataset, str(path), places)
+
+
+def with_clips_later(row: dict[str, object], read: Callable[[], Any]) -> dict[str, object]:
+    """Returns an outline whose clips have bytes that are read when they are needed.
+
+    Args:
+        row: The outline.
+        read: Returns the row whole.
+    """
+
+    def later(value: object, path: tuple[int | str, ...]) -> object:
+        if isinstance(value, list):
+            return [later(item, (*path, number)) for number, item in enumerate(value)]
+        if isinstance(value, dict) and value.get("bytes") is not None:
+            return {**value, "bytes": later(value["bytes"], (*path, "bytes"))}
+        return Later(lambda: reduce(getitem, path, read())) if isinstance(value, bytes) else value
+
+    return {name: later(value, (name,)) if name in VIDEO_COLUMNS else value for name, value in row.items()}
 
 
 def _without_bytes(array: pa.Array) -> list[object]:

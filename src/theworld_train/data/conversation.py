@@ -1,8 +1,8 @@
 """One data row, parsed and checked without touching its media.
 
-A row is `{"messages": [...], "images": [...], "id": ..., "kind": ..., "world": ...}`, of which only `messages` is
-required. Fields that are null count as absent, as `datasets` fills the fields that a part does not use with nulls;
-further fields of a row are left alone.
+A row is `{"messages": [...], "images": [...], "videos": [...], "id": ..., "kind": ..., "world": ...}`, of which only
+`messages` is required. Fields that are null count as absent, as `datasets` fills the fields that a part does not use
+with nulls; further fields of a row are left alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PART_TYPES = ("text", "image", "video")
 PART_FIELDS = {
     "text": ("type", "text"),
     "image": ("type", "path", "index"),
-    "video": ("type", "path", "frames"),
+    "video": ("type", "path", "frames", "index"),
 }
 
 
@@ -41,11 +41,12 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class VideoPart:
-    """A clip of a message: a video file or a directory of frames, or the frames one by one."""
+    """A clip of a message: a path, of a video file or a directory; frames; or a position among the row's `videos`."""
 
     path: str | None
     frames: tuple[str, ...]
     key: str
+    index: int | None = None
 
 
 Part = TextPart | ImagePart | VideoPart
@@ -69,6 +70,7 @@ class Conversation:
         messages: The turns.
         images: The entries of the row's `images`, in whatever form the source stores them.
         world: Whether its visual parts have world tokens.
+        videos: The entries of the row's `videos`, likewise.
     """
 
     id: str | None
@@ -76,6 +78,7 @@ class Conversation:
     messages: tuple[Message, ...]
     images: tuple[Any, ...]
     world: bool = True
+    videos: tuple[Any, ...] = ()
 
     def media(self) -> list[ImagePart | VideoPart]:
         """Returns the image and video parts in their order."""
@@ -103,26 +106,29 @@ class _RowParser:
     def __init__(self, source: str) -> None:
         self.problems: list[Problem] = []
         self._source = source
-        self._images: tuple[Any, ...] = ()
-        self._used: set[int] = set()
-        self._next_image = 0
+        #: Of images and of videos: the row's entries, which of them are used, and the one that comes next.
+        self._listed: dict[str, tuple[Any, ...]] = {}
+        self._used: dict[str, set[int]] = {"image": set(), "video": set()}
+        self._next = {"image": 0, "video": 0}
 
     def parse(self, row: object) -> Conversation | None:
         if not isinstance(row, dict):
             self._report(None, "a row must be an object with the field 'messages'", row)
             return None
         row = _without_nulls(row)
-        images = row.get("images", [])
-        if not isinstance(images, list):
-            self._report("images", "images must be a list", images)
-            return None
-        self._images = tuple(images)
+        for kind in self._next:
+            entries = row.get(f"{kind}s", [])
+            if not isinstance(entries, list):
+                self._report(f"{kind}s", f"{kind}s must be a list", entries)
+                return None
+            self._listed[kind] = tuple(entries)
         messages = self._messages(row)
         if messages and all(message.role for message in messages):
             self._check_turns(messages)
         if not self.problems:
-            self._check_images_used()
-        return Conversation(self._id(row), self._kind(row), messages, self._images, self._world(row))
+            self._check_all_used()
+        images, videos = self._listed["image"], self._listed["video"]
+        return Conversation(self._id(row), self._kind(row), messages, images, self._world(row), videos)
 
     def _report(self, key: str | None, message: str, value: object = None, hint: str | None = None) -> None:
         self.problems.append(Problem(message, source=self._source, key=key, value=shown(value), hint=hint))
@@ -223,26 +229,34 @@ class _RowParser:
             return None
         if path is not None:
             return ImagePart(path, None, f"{key}.path") if self._is_path(path, f"{key}.path") else None
-        return self._image_of_row(self._next_image if index is None else index, key)
+        index = self._of_row("image", index, key)
+        return None if index is None else ImagePart(None, index, f"images[{index}]")
 
-    def _image_of_row(self, index: object, key: str) -> Part | None:
+    def _of_row(self, kind: str, index: object, key: str) -> int | None:
+        """Returns which of the row's images or videos a part asks for; without an index, the next one."""
+        index = self._next[kind] if index is None else index
         if not _is_index(index):
             self._report(f"{key}.index", "index must be a whole number from 0", index)
             return None
         assert isinstance(index, int)
-        self._next_image = index + 1
-        if index >= len(self._images):
-            message = f"the part asks for image {index} of the row, whose 'images' holds {len(self._images)}"
-            self._report(key, message, hint="add it to 'images', or give the part a 'path'")
+        self._next[kind] = index + 1
+        there = len(self._listed[kind])
+        if index >= there:
+            message = f"the part asks for {kind} {index} of the row, whose '{kind}s' holds {there}"
+            others = "'path'" if kind == "image" else "'path' or 'frames'"
+            self._report(key, message, hint=f"add it to '{kind}s', or give the part a {others}")
             return None
-        self._used.add(index)
-        return ImagePart(None, index, f"images[{index}]")
+        self._used[kind].add(index)
+        return index
 
     def _video(self, part: dict[str, Any], key: str) -> Part | None:
-        path, frames = part.get("path"), part.get("frames")
-        if (path is None) == (frames is None):
-            self._report(key, "a video part has either 'path' or 'frames'")
+        path, frames, index = part.get("path"), part.get("frames"), part.get("index")
+        if sum(value is not None for value in (path, frames, index)) > 1:
+            self._report(key, "a video part has one of 'path', 'frames' and 'index'", hint="remove the others")
             return None
+        if path is None and frames is None:
+            index = self._of_row("video", index, key)
+            return None if index is None else VideoPart(None, (), f"videos[{index}]", index)
         if path is not None:
             return VideoPart(path, (), f"{key}.path") if self._is_path(path, f"{key}.path") else None
         if not isinstance(frames, list) or not frames:
@@ -279,12 +293,13 @@ class _RowParser:
         if "assistant" not in roles:
             self._report("messages", "no assistant turn with text: a data row without an answer", hint="add the answer")
 
-    def _check_images_used(self) -> None:
-        unused = [index for index in range(len(self._images)) if index not in self._used]
-        if unused:
-            listed = ", ".join(str(index) for index in unused)
-            message = f"images listed but unused: {listed}"
-            self._report("images", message, hint='add a part {"type": "image"} where each belongs, or remove them')
+    def _check_all_used(self) -> None:
+        for kind, entries in self._listed.items():
+            unused = [str(index) for index in range(len(entries)) if index not in self._used[kind]]
+            if unused:
+                message = f"{kind}s listed but unused: {', '.join(unused)}"
+                hint = f'add a part {{"type": "{kind}"}} where each belongs, or remove them'
+                self._report(f"{kind}s", message, hint=hint)
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:

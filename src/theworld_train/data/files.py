@@ -42,12 +42,13 @@ def open_file(config: FileSource) -> Conversations:
     return Conversations(_rows(config, path), media_of(config, root), _format(config))
 
 
-def media_of(config: FileSource | ClipRules, root: Path) -> Media:
-    """Returns where the media of a source are, and which frames of its clips are taken."""
+def media_of(config: FileSource | ClipRules, root: Path | None) -> Media:
+    """Returns where the media of a source are, None if rows hold them, and which frames of its clips are taken."""
+    resolved = None if root is None else root.resolve()
     if not isinstance(config, ClipRules):
-        return Media(root.resolve())
+        return Media(resolved)
     timing = Timing(config.window_s, config.sample_fps, config.directory_fps)
-    return Media(root.resolve(), config.max_video_frames, timing)
+    return Media(resolved, config.max_video_frames, timing)
 
 
 def _root(config: FileSource) -> Path:

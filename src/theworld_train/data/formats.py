@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -79,7 +79,7 @@ class ChatFormat:
 
     def __call__(self, row: dict[str, Any], index: int) -> Adapted:
         """Adapts a row."""
-        adapted = Adapted({"messages": [], "images": []}, {"messages": "conversations"})
+        adapted = Adapted({"messages": [], "images": [], "videos": []}, {"messages": "conversations"})
         if row.get("system"):
             adapted.keys |= {"messages[0]": "system", "messages[0].content": "system"}
             adapted.row["messages"].append({"role": "system", "content": row["system"]})
@@ -133,13 +133,10 @@ class ChatFormat:
                 adapted.problems.append(Problem(message, key=key, value=text))
                 continue
             name, value = media[kind].take()
-            if kind == "image":
-                adapted.keys[f"images[{len(adapted.row['images'])}]"] = name
-                adapted.row["images"].append(value)
-                parts.append({"type": "image"})
-            else:
-                adapted.keys[f"{ours}.content[{len(parts)}].path"] = name
-                parts.append({"type": "video", "path": value})
+            entries = adapted.row[f"{kind}s"]
+            adapted.keys[f"{kind}s[{len(entries)}]"] = name
+            entries.append(value)
+            parts.append({"type": kind})
         return parts
 
 
@@ -186,15 +183,18 @@ class CaptionFormat:
         image: Field of the image.
         caption: Field of the caption.
         questions: What the user asks, taken in turn.
+        medium: Whether it is an image or a clip after all.
     """
 
     image: str
     caption: str
     questions: Sequence[str]
+    medium: Literal["image", "video"] = "image"
 
     def __call__(self, row: dict[str, Any], index: int) -> Adapted:
         """Adapts a row."""
-        adapted = _exchange(row, self.image, self.questions[index % len(self.questions)], row.get(self.caption))
+        question = self.questions[index % len(self.questions)]
+        adapted = _exchange(row, self.image, question, row.get(self.caption), self.medium)
         adapted.keys["messages[1].content"] = self.caption
         caption = row.get(self.caption)
         if not isinstance(caption, str) or not caption.strip():
@@ -228,13 +228,13 @@ class VsrFormat:
         return adapted
 
 
-def _exchange(row: dict[str, Any], image: str, question: str, answer: object) -> Adapted:
-    """Returns one question about the image of a row, and its answer."""
+def _exchange(row: dict[str, Any], image: str, question: str, answer: object, medium: str = "image") -> Adapted:
+    """Returns one question about the image or clip of a row, and its answer."""
     turns = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]},
+        {"role": "user", "content": [{"type": medium}, {"type": "text", "text": question}]},
         {"role": "assistant", "content": answer},
     ]
-    adapted = Adapted({"messages": turns, "images": [row.get(image)]}, {"images[0]": image})
+    adapted = Adapted({"messages": turns, f"{medium}s": [row.get(image)]}, {f"{medium}s[0]": image})
     if row.get(image) is None:
         hint = None if image in row else did_you_mean(image, list(row))
         adapted.problems.append(Problem("the row names no image", key=image, hint=hint))

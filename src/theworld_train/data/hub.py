@@ -12,8 +12,8 @@ from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.sources import STREAM_FILES, HubSource
 from theworld_train.data.arrow import OWN_COLUMNS, ArrowRows, Places
 from theworld_train.data.conversations import Conversations
+from theworld_train.data.files import media_of
 from theworld_train.data.formats import LLAVA, SHAREGPT, Format, own_format
-from theworld_train.data.media import Media
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 #: The columns that are read of each format, of which the first has to be there.
 FORMATS: dict[str, tuple[tuple[str, ...], Format]] = {
     "conversations": (OWN_COLUMNS, own_format),
-    "llava": (("conversations", "image"), LLAVA),
-    "sharegpt": (("conversations", "images", "system"), SHAREGPT),
+    "llava": (("conversations", "image", "video"), LLAVA),
+    "sharegpt": (("conversations", "images", "videos", "system"), SHAREGPT),
 }
 FETCH_HINT = "fetch it once while the network is reachable: theworld-train fetch CONFIG"
 
@@ -47,7 +47,7 @@ def open_hub(config: HubSource) -> Conversations:
         raise ConfigError(Problem(f"split {config.split!r} holds no rows", source=config.id))
     dataset = dataset.select_columns([needed, *(name for name in others if name in dataset.column_names)])
     places = Places((config.id,), (config.id,), np.array([len(dataset)]), ":{}")
-    return Conversations(ArrowRows(dataset, config.id, places), Media(root=None), adapt)
+    return Conversations(ArrowRows(dataset, config.id, places), media_of(config, None), adapt)
 
 
 def fetch_dataset(config: HubSource) -> str | None:
@@ -75,7 +75,7 @@ def _open_stream(config: HubSource) -> Conversations:
     columns, adapt = FORMATS[config.format]
     shards = _shards(config, folder)
     labels = [f"{config.id}/{shard.relative_to(folder).as_posix()}" for shard in shards]
-    return Conversations(StreamedRows(config.id, shards, labels, columns), Media(root=None), adapt)
+    return Conversations(StreamedRows(config.id, shards, labels, columns), media_of(config, None), adapt)
 
 
 def _snapshot(config: HubSource) -> Path:

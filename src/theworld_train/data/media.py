@@ -14,6 +14,7 @@ from theworld_train.config.errors import Problem
 from theworld_train.data.conversation import Conversation, ImagePart, TextPart, VideoPart
 from theworld_train.data.formats import Adapted
 from theworld_train.data.images import decode_image, open_image
+from theworld_train.data.rows import Later
 from theworld_train.data.video import (
     FRAME_SUFFIXES,
     WHOLE_CLIP,
@@ -22,21 +23,23 @@ from theworld_train.data.video import (
     frame_files,
     read_clip,
     read_frames,
+    read_video,
     select_frames,
+    video_length,
 )
 
 #: Bytes of a name that file systems take.
 LONGEST_NAME = 255
 MISSING = "no such file"
 NO_FRAME_RATE = "the clip does not tell its frame rate"
-NO_PATHS = "paths have no meaning in a dataset, whose media are its 'images'"
-NO_BYTES = "the image has no bytes"
+NO_PATHS = "paths have no meaning in a dataset, whose media are its 'images' and 'videos'"
+NO_BYTES = "the image or clip has no bytes"
 #: How to mend what is wrong with a medium.
 HINTS = {
     MISSING: "paths are relative to the media root, the data file's directory unless media_root is set",
     NO_FRAME_RATE: "set directory_fps",
-    NO_PATHS: "use a part with an 'index'; for videos, use a source of kind 'jsonl'",
-    NO_BYTES: "save the dataset with its images embedded",
+    NO_PATHS: "use a part with an 'index'",
+    NO_BYTES: "save the dataset with its media embedded",
 }
 
 
@@ -118,10 +121,10 @@ class Media:
         """
 
         def image(part: ImagePart) -> Image.Image:
-            entry = _image_entry(part, conversation)
+            entry = _entry(part, conversation)
             data = embedded(entry)
             name = adapted.own_key(part.key)
-            loaded = open_image(self._locate(entry)) if data is None else decode_image(data, name)
+            loaded = open_image(self._locate(entry)) if data is None else decode_image(_read(data), name)
             return loaded if adapted.retouch is None else adapted.retouch(loaded)
 
         def video(part: VideoPart) -> list[Image.Image]:
@@ -129,7 +132,11 @@ class Media:
                 self._check_frame_rate()
                 paths = [self._locate(name) for name in part.frames]
                 return read_frames(paths, self.max_video_frames, timing=self.timing)
-            return read_clip(self._locate_clip(part.path), self.max_video_frames, self.timing)
+            entry = _entry(part, conversation)
+            data = embedded(entry)
+            if data is not None:
+                return read_video(_read(data), adapted.own_key(part.key), self.max_video_frames, self.timing)
+            return read_clip(self._locate_clip(entry), self.max_video_frames, self.timing)
 
         return build_messages(conversation, image, video)
 
@@ -146,14 +153,19 @@ class Media:
             if part.frames:
                 self._check_frame_rate()
                 return Blank(len(select_frames(len(part.frames), most, timing, timing.directory_fps)))
-            return Blank(clip_length(self._locate_clip(part.path), most, timing))
+            entry = _entry(part, conversation)
+            data = embedded(entry)
+            if data is not None:
+                return Blank(video_length(_read(data), part.key, most, timing))
+            return Blank(clip_length(self._locate_clip(entry), most, timing))
 
         return build_messages(conversation, lambda _: Blank(), video)
 
     def holds_video_file(self, conversation: Conversation) -> bool:
         """Whether a row whose media were checked needs the package that decodes video files."""
         videos = (part for part in conversation.media() if isinstance(part, VideoPart))
-        return any(video.path is not None and self._locate(video.path).is_file() for video in videos)
+        entries = [_entry(video, conversation) for video in videos if not video.frames]
+        return any(embedded(entry) is not None or self._locate(entry).is_file() for entry in entries)
 
     def _locate(self, entry: object) -> Path:
         """Returns the path of a medium, which an image may hold beside the bytes that it lacks."""
@@ -179,12 +191,13 @@ class Media:
 
     def _problems(self, part: ImagePart | VideoPart, conversation: Conversation) -> Iterator[tuple[object, str]]:
         """Yields the name and the message of each problem of one part."""
-        if isinstance(part, ImagePart):
-            entry = _image_entry(part, conversation)
-            names: tuple[object, ...] = () if embedded(entry) is not None else (entry,)
+        names: tuple[object, ...]
+        if isinstance(part, VideoPart) and part.frames:
+            names = part.frames
         else:
-            names = part.frames if part.path is None else (part.path,)
-        is_clip = isinstance(part, VideoPart) and part.path is not None
+            entry = _entry(part, conversation)
+            names = () if embedded(entry) is not None else (entry,)
+        is_clip = isinstance(part, VideoPart) and not part.frames
         for name in names:
             message = self._file_problem(name, is_clip)
             if message is not None:
@@ -208,10 +221,14 @@ class Media:
             return f"cannot be read: {error.strerror}"
 
 
-def embedded(entry: object) -> bytes | None:
-    """Returns the bytes of an image that a row holds itself, or None if it names a file."""
+def embedded(entry: object) -> bytes | Later | None:
+    """Returns the bytes of an image or a clip that a row holds itself, or None if it names a file."""
     data = entry.get("bytes") if isinstance(entry, dict) else entry
-    return data if isinstance(data, bytes) else None
+    return data if isinstance(data, bytes | Later) else None
+
+
+def _read(data: bytes | Later) -> bytes:
+    return data.read() if isinstance(data, Later) else data
 
 
 def build_messages(
@@ -231,9 +248,10 @@ def build_messages(
     return [{"role": m.role, "content": [content(part) for part in m.parts]} for m in conversation.messages]
 
 
-def _image_entry(part: ImagePart, conversation: Conversation) -> object:
+def _entry(part: ImagePart | VideoPart, conversation: Conversation) -> object:
+    """Returns the path of a medium that is no list of frames, or what the row lists for it."""
     if part.path is not None:
         return part.path
     assert part.index is not None
-    entry: object = conversation.images[part.index]
+    entry: object = (conversation.images if isinstance(part, ImagePart) else conversation.videos)[part.index]
     return entry

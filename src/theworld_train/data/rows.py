@@ -10,6 +10,7 @@ import json
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -42,6 +43,17 @@ class RowError(ValueError):
         self.hint = hint
 
 
+@dataclass(frozen=True)
+class Later:
+    """Bytes of a clip that are read when they are needed.
+
+    Attributes:
+        read: Returns them.
+    """
+
+    read: Callable[[], bytes]
+
+
 class Rows(Protocol):
     """A fixed number of stored rows; none is interpreted here.
 
@@ -56,7 +68,7 @@ class Rows(Protocol):
         ...
 
     def __getitem__(self, index: int) -> object:
-        """Reads one row, whose embedded images are `{"bytes": bytes, ...}` or bytes.
+        """Reads one row, whose embedded images and videos are `{"bytes": bytes, ...}` or bytes.
 
         Raises:
             RowError: If it cannot be decoded.
@@ -64,7 +76,10 @@ class Rows(Protocol):
         ...
 
     def outlines(self, indices: range) -> Iterator[object]:
-        """Yields rows as `__getitem__` does, but with no bytes in embedded images, and a RowError for broken rows."""
+        """Yields rows as `__getitem__` does, but with no bytes in embedded images, `Later` in embedded videos.
+
+        In the place of a broken row comes a RowError.
+        """
         ...
 
     def where(self, index: int) -> str:

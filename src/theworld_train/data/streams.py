@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.data.arrow import Places
+from theworld_train.data.arrow import Places, with_clips_later
 from theworld_train.data.order import SHUFFLED_GROUPS, Groups
 
 #: Bytes of a row group, unpacked: a worker holds `SHUFFLED_GROUPS` of them.
@@ -75,7 +76,8 @@ class StreamedRows:
             table = self._table(group, self._outlined)
             for index in members:
                 row = table.slice(self._locate(index)[1], 1).to_pylist()[0]
-                yield {name: _with_bytes(value) if name in self._unread else value for name, value in row.items()}
+                row = {name: _with_bytes(value) if name in self._unread else value for name, value in row.items()}
+                yield with_clips_later(row, partial(self.__getitem__, index))
 
     def where(self, index: int) -> str:
         """Returns the path of the shard and the row's number in it, counted from 0."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,17 +104,20 @@ def read_clip(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> list[
     """
     if path.is_dir():
         return read_frames(frame_files(path), max_frames, path, timing)
-    problem = missing_decoder(str(path))
-    if problem is not None:
-        raise ConfigError(problem)
-    packets = _count_packets(path)
-    frame_rate = _frame_rate(path) if timing.is_needed else None
-    frames, decoded = _decode(path, select_frames(max(packets, 1), max_frames, timing, frame_rate))
+    return read_video(path, str(path), max_frames, timing)
+
+
+def read_video(file: Path | bytes, name: str, max_frames: int, timing: Timing = WHOLE_CLIP) -> list[Image.Image]:
+    """Reads a video file, or what it holds, like `read_clip`; `name` names it in errors."""
+    _require_decoder(name)
+    packets = _count_packets(file, name)
+    frame_rate = _frame_rate(file, name) if timing.is_needed else None
+    frames, decoded = _decode(file, name, select_frames(max(packets, 1), max_frames, timing, frame_rate))
     if decoded != packets:
         # Some packets hold no frame, or several; only decoding tells, and then the choice is made again.
         if not decoded:
-            raise MediaError(f"{path}: the video holds no frames")
-        frames, _ = _decode(path, select_frames(decoded, max_frames, timing, frame_rate))
+            raise MediaError(f"{name}: the video holds no frames")
+        frames, _ = _decode(file, name, select_frames(decoded, max_frames, timing, frame_rate))
     return frames
 
 
@@ -131,11 +135,14 @@ def clip_length(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> int
         if not files:
             raise MediaError(f"{path}: the directory holds no frames")
         return len(select_frames(len(files), max_frames, timing, timing.directory_fps))
-    problem = missing_decoder(str(path))
-    if problem is not None:
-        raise ConfigError(problem)
-    frame_rate = _frame_rate(path) if timing.is_needed else None
-    return len(select_frames(max(_count_packets(path), 1), max_frames, timing, frame_rate))
+    return video_length(path, str(path), max_frames, timing)
+
+
+def video_length(file: Path | bytes, name: str, max_frames: int, timing: Timing = WHOLE_CLIP) -> int:
+    """Returns the frames that `read_video` takes, like `clip_length`."""
+    _require_decoder(name)
+    frame_rate = _frame_rate(file, name) if timing.is_needed else None
+    return len(select_frames(max(_count_packets(file, name), 1), max_frames, timing, frame_rate))
 
 
 def read_frames(
@@ -161,40 +168,47 @@ def missing_decoder(source: str) -> Problem | None:
     return Problem(message, source=source, hint="pip install 'theworld-train[video]'")
 
 
-def _open(path: Path) -> InputContainer:
+def _require_decoder(name: str) -> None:
+    problem = missing_decoder(name)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _open(file: Path | bytes, name: str) -> InputContainer:
     import av
 
     options = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "file"}
-    container = av.open(str(path), options=options)
+    opened = io.BytesIO(file) if isinstance(file, bytes) else str(file)
+    container = av.open(opened, mode="r", options=options)
     if not container.streams.video:
         container.close()
-        raise MediaError(f"{path}: the file holds no video")
+        raise MediaError(f"{name}: the file holds no video")
     stream = container.streams.video[0]
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
         container.close()
-        raise MediaError(f"{path}: the frames have more than {MAX_PIXELS:,} pixels")
+        raise MediaError(f"{name}: the frames have more than {MAX_PIXELS:,} pixels")
     return container
 
 
-def _count_packets(path: Path) -> int:
-    with _damage(path), _open(path) as container:
+def _count_packets(file: Path | bytes, name: str) -> int:
+    with _damage(name), _open(file, name) as container:
         return sum(1 for packet in container.demux(video=0) if packet.size)
 
 
-def _frame_rate(path: Path) -> float:
+def _frame_rate(file: Path | bytes, name: str) -> float:
     """Returns the frames of a video a second, on average."""
-    with _damage(path), _open(path) as container:
+    with _damage(name), _open(file, name) as container:
         rate = container.streams.video[0].average_rate
     if not rate:
-        raise MediaError(f"{path}: the video does not tell its frame rate")
+        raise MediaError(f"{name}: the video does not tell its frame rate")
     return float(rate)
 
 
-def _decode(path: Path, wanted: Collection[int]) -> tuple[list[Image.Image], int]:
+def _decode(file: Path | bytes, name: str, wanted: Collection[int]) -> tuple[list[Image.Image], int]:
     """Returns the wanted frames that there are, and the number of frames that there are."""
     frames = []
     count = 0
-    with _damage(path), _open(path) as container:
+    with _damage(name), _open(file, name) as container:
         container.streams.video[0].thread_type = "AUTO"
         for frame in container.decode(video=0):
             if count in wanted:
@@ -204,14 +218,14 @@ def _decode(path: Path, wanted: Collection[int]) -> tuple[list[Image.Image], int
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage(name: str) -> Iterator[None]:
     """Turns whatever a decoder raises into a `MediaError` that names the file."""
     try:
         yield
     except MediaError:
         raise
     except Exception as error:
-        raise MediaError(f"{path}: not a video in a known format, or damaged: {error}") from error
+        raise MediaError(f"{name}: not a video in a known format, or damaged: {error}") from error
 
 
 def _upright(frame: VideoFrame) -> Image.Image:

@@ -10,7 +10,8 @@ import posixpath
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,20 +21,24 @@ import numpy as np
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.sources import WebDatasetSource
 from theworld_train.data.conversations import Conversations
+from theworld_train.data.files import media_of
 from theworld_train.data.formats import LLAVA, Adapted, CaptionFormat, Format, own_format
-from theworld_train.data.media import Media
-from theworld_train.data.rows import RowError, decode_json
+from theworld_train.data.rows import Later, RowError, decode_json
 from theworld_train.data.source import first_problems
 
 #: Members that are images, by the last part of their names.
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-#: Members that are read, besides images; others are left alone.
+#: Members that are clips.
+VIDEOS = ("mp4", "mov", "mkv", "webm", "avi", "mpg", "mpeg")
+#: Members that are read, besides images and clips; others are left alone.
 TEXTS = ("txt", "json")
+KINDS = IMAGES + VIDEOS + TEXTS
 #: Characters of a member's name: all keys are kept in one array, each as wide as the longest.
 MAX_NAME = 1024
-#: Bounds of what a shard may hold: members, bytes of an image's file, and bytes of a text.
+#: Bounds of what a shard may hold: members, bytes of the file of an image and of a clip, and bytes of a text.
 MAX_MEMBERS = 1_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
+MAX_VIDEO_BYTES = 512 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20
 
 
@@ -56,15 +61,15 @@ def open_shards(config: WebDatasetSource) -> Conversations:
             problems.append(Problem(str(error), source=str(shard), key=error.member))
     if problems:
         raise ConfigError(first_problems(problems, config.path))
-    return Conversations(ShardRows(shards, index, config.path), Media(root=None), _format(config))
+    return Conversations(ShardRows(shards, index, config.path), media_of(config, None), _format(config))
 
 
 def _format(config: WebDatasetSource) -> Format:
     if config.format == "captions":
         return _CaptionOfMembers(CaptionFormat("image", "txt", config.questions))
     if config.format == "llava":
-        return _ConversationOfMembers(LLAVA, "image")
-    return _ConversationOfMembers(own_format, "images")
+        return _ConversationOfMembers(LLAVA, "image", "video")
+    return _ConversationOfMembers(own_format, "images", "videos")
 
 
 class _RefusedShardError(ValueError):
@@ -85,7 +90,7 @@ class _Index:
         self._last: bytes | None = None
         #: Of each sample: its shard, and its first member.
         self.shards, self.firsts = array("l"), array("q")
-        #: Of each member: where it begins, its bytes, and its kind, a position in `IMAGES + TEXTS`.
+        #: Of each member: where it begins, its bytes, and its kind, a position in `KINDS`.
         self.offsets, self.sizes, self.kinds = array("q"), array("q"), array("b")
 
     def add(self, number: int, shard: Path) -> None:
@@ -114,9 +119,9 @@ class _Index:
         folder, name = posixpath.split(member.name)
         stem, _, extension = name.partition(".")
         kind = extension.rpartition(".")[2].lower()
-        if not member.isreg() or not stem or kind not in IMAGES + TEXTS:
+        if not member.isreg() or not stem or kind not in KINDS:
             return
-        limit = MAX_IMAGE_BYTES if kind in IMAGES else MAX_TEXT_BYTES
+        limit = MAX_IMAGE_BYTES if kind in IMAGES else MAX_VIDEO_BYTES if kind in VIDEOS else MAX_TEXT_BYTES
         if member.size > limit:
             raise _RefusedShardError(f"has {member.size:,} bytes, and {limit:,} are allowed", member.name)
         key = posixpath.join(folder, stem).encode(errors="backslashreplace")
@@ -127,7 +132,7 @@ class _Index:
             self.firsts.append(len(self.offsets))
         self.offsets.append(member.offset_data)
         self.sizes.append(member.size)
-        self.kinds.append((IMAGES + TEXTS).index(kind))
+        self.kinds.append(KINDS.index(kind))
 
     def _own(self, key: bytes) -> bytes:
         """Returns a key that no other sample of the shard has: `key (2)` for the second one of a key."""
@@ -166,7 +171,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 class ShardRows:
-    """The samples of shards as rows: `images`, the members that are images, and `txt` and `json` if there are any."""
+    """The samples of shards as rows: members that are `images` or `videos`, and `txt` and `json` if there are any."""
 
     def __init__(self, shards: Sequence[Path], index: _Index, name: str) -> None:
         """Args: shards: the tar files; index: where their samples lie; name: names them all in problems."""
@@ -211,9 +216,12 @@ class ShardRows:
         return bytes(self._keys[index]).decode()
 
     def _read(self, index: int, file: BinaryIO, with_images: bool) -> dict[str, Any]:
-        row: dict[str, Any] = {"images": []}
+        row: dict[str, Any] = {"images": [], "videos": []}
         for member in range(self._firsts[index], self._firsts[index + 1]):
-            kind = (IMAGES + TEXTS)[self._kinds[member]]
+            kind = KINDS[self._kinds[member]]
+            if kind in VIDEOS:
+                row["videos"].append(Later(partial(self._bytes, index, member)))
+                continue
             data = b""
             if with_images or kind in TEXTS:
                 file.seek(self._offsets[member])
@@ -223,6 +231,12 @@ class ShardRows:
             else:
                 row[kind] = decode_json(data) if kind == "json" else _text(data)
         return row
+
+    def _bytes(self, index: int, member: int) -> bytes:
+        with self._shards[self._of[index]].open("rb") as file:
+            file.seek(self._offsets[member])
+            data: bytes = file.read(self._sizes[member])
+        return data
 
 
 def _text(data: bytes) -> str:
@@ -234,29 +248,31 @@ def _text(data: bytes) -> str:
 
 @dataclass(frozen=True)
 class _CaptionOfMembers:
-    """A sample of one image and its caption."""
+    """A sample of one image or clip and its caption."""
 
     adapt: CaptionFormat
 
     def __call__(self, row: dict[str, Any], index: int) -> Adapted:
-        images = row["images"]
-        if len(images) != 1:
-            return Adapted(
-                {}, problems=[Problem("expected one image beside the caption", key="images", value=len(images))]
-            )
-        adapted = self.adapt({"image": images[0], "txt": row.get("txt")}, index)
-        adapted.keys["images[0]"] = "images"
+        images, videos = row["images"], row["videos"]
+        if len(images) + len(videos) != 1:
+            number = len(images) + len(videos)
+            problem = Problem("expected one image or clip beside the caption", key="images", value=number)
+            return Adapted({}, problems=[problem])
+        adapt = replace(self.adapt, medium="video" if videos else "image")
+        adapted = adapt({"image": (images or videos)[0], "txt": row.get("txt")}, index)
+        adapted.keys |= {"images[0]": "images", "videos[0]": "videos"}
         return adapted
 
 
 @dataclass(frozen=True)
 class _ConversationOfMembers:
-    """A sample whose JSON is a conversation about its images."""
+    """A sample whose JSON is a conversation about its images and clips."""
 
     adapt: Format
-    field: str
+    images: str
+    videos: str
 
     def __call__(self, row: dict[str, Any], index: int) -> Adapted:
         if not isinstance(row.get("json"), dict):
             return Adapted({}, problems=[Problem("expected an object", key="json", value=row.get("json"))])
-        return self.adapt({**row["json"], self.field: row["images"]}, index)
+        return self.adapt({**row["json"], self.images: row["images"], self.videos: row["videos"]}, index)

@@ -1,4 +1,4 @@
-"""The files that a preparation writes: the conversations as Parquet, and the rows that were left out."""
+"""The files that a preparation writes: the conversations as shards of Parquet, and the rows that were left out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from theworld_train.checkpoint_files import sync
 from theworld_train.preparation.rows import Row
 from theworld_train.preparation.spool import Outcome
 
-ROWS = "rows.parquet"
+#: Name of a shard of conversations, by its number.
+SHARD = "rows-{:05}.parquet"
 FAILED = "failed.jsonl"
 #: Our own format, which `source: parquet` reads; `urls` says where the images come from, and is not read.
 SCHEMA = pa.schema(
@@ -41,39 +42,44 @@ GROUP_BYTES = 64 * 2**20
 
 
 class Outputs:
-    """Both files, which get their names when they are complete, the conversations first.
+    """All files, which get their names when they are complete, the conversations first.
 
-    Without a row, there is no file of conversations.
+    Without a row, there is no shard.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Opens both in a directory; what an earlier attempt has left is overwritten."""
+    def __init__(self, directory: Path, shard_bytes: int) -> None:
+        """Opens a directory.
+
+        Args:
+            directory: Where the files are written; what an earlier attempt has left is overwritten.
+            shard_bytes: Bytes of images with which a shard ends, that of its last group of rows included.
+        """
         self._directory = directory
-        self._rows = pq.ParquetWriter(_partial(directory / ROWS), SCHEMA, use_dictionary=False)
+        self._limit = shard_bytes
         self._failed = _partial(directory / FAILED).open("w", encoding="utf-8")
         self._group: list[dict[str, Any]] = []
         self._group_bytes = 0
-        self._written = 0
+        self._shards: list[Path] = []
+        self._shard: pq.ParquetWriter | None = None
+        self._shard_bytes = 0
 
     def __enter__(self) -> Outputs:
         """Returns itself."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Names both files, unless an error ends the writing."""
+        """Names all files, unless an error ends the writing."""
         if kind is None:
             self._flush()
-        self._rows.close()
+        self._end_shard()
         self._failed.close()
         if kind is not None:
             return
-        for name in (ROWS, FAILED):
-            sync(_partial(self._directory / name))
-        if self._written:
-            os.replace(_partial(self._directory / ROWS), self._directory / ROWS)
-        else:
-            _partial(self._directory / ROWS).unlink()
-        os.replace(_partial(self._directory / FAILED), self._directory / FAILED)
+        paths = [*self._shards, self._directory / FAILED]
+        for path in paths:
+            sync(_partial(path))
+        for path in paths:
+            os.replace(_partial(path), path)
         sync(self._directory)
 
     def keep(self, row: Row, images: list[bytes]) -> None:
@@ -89,7 +95,7 @@ class Outputs:
             }
         )
         self._group_bytes += sum(map(len, images))
-        if len(self._group) == GROUP_ROWS or self._group_bytes >= GROUP_BYTES:
+        if len(self._group) == GROUP_ROWS or self._group_bytes >= min(GROUP_BYTES, self._limit):
             self._flush()
 
     def fail(self, row_id: str, outcome: Outcome) -> None:
@@ -98,10 +104,21 @@ class Outputs:
         self._failed.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def _flush(self) -> None:
-        if self._group:
-            self._rows.write_table(pa.Table.from_pylist(self._group, SCHEMA))
-        self._written += len(self._group)
+        if not self._group:
+            return
+        if self._shard is None:
+            self._shards.append(self._directory / SHARD.format(len(self._shards)))
+            self._shard = pq.ParquetWriter(_partial(self._shards[-1]), SCHEMA, use_dictionary=False)
+        self._shard.write_table(pa.Table.from_pylist(self._group, SCHEMA))
+        self._shard_bytes += self._group_bytes
         self._group, self._group_bytes = [], 0
+        if self._shard_bytes >= self._limit:
+            self._end_shard()
+
+    def _end_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+        self._shard, self._shard_bytes = None, 0
 
 
 def _partial(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Prepares a file of rows: checks all of it, fetches what it names, and writes the result in the order of the rows.
 
-The three files of the result depend on the rows and on what the servers gave, and not on the order in which that came
+The files of the result depend on the rows and on what the servers gave, and not on the order in which that came
 or on how often the command was stopped.
 """
 
@@ -26,7 +26,7 @@ from theworld_train.data.images import decode_image
 from theworld_train.data.rows import Rows, existing_file
 from theworld_train.data.source import MediaError, first_problems
 from theworld_train.preparation.download import Downloader, DownloadError, Limits
-from theworld_train.preparation.output import FAILED, ROWS, Outputs
+from theworld_train.preparation.output import FAILED, Outputs
 from theworld_train.preparation.rows import RemoteRows, Row
 from theworld_train.preparation.spool import Outcome, Spool
 from theworld_train.train.run_lock import run_lock
@@ -38,7 +38,7 @@ RECORD = "prepare.json"
 REPORT = "report.json"
 SPOOL = ".fetched"
 #: Version of the record, of which a version of this program reads its own alone.
-VERSION = 1
+VERSION = 2
 #: Downloads that are waiting for a connection, for each connection.
 AHEAD = 4
 #: URLs between two lines that say how far it is.
@@ -50,13 +50,14 @@ class Settings:
     """What is prepared, and how.
 
     Attributes:
-        rows: The file of rows.
+        rows: The file of rows, or a directory whose Parquet files are read one after the other.
         out: The directory that is written.
         format: What a row is, one of `FORMATS`.
         image_key: Field of a caption's image URL.
         text_key: Field of the caption.
         questions: What the user asks for a caption, taken in turn.
         unique_images: Whether rows are left out whose images an earlier row has, whatever they say.
+        shard_bytes: Bytes of images with which a file of the result ends.
         connections: Downloads at once.
         max_total_bytes: Most bytes of all downloads.
         limits: What one download may take.
@@ -69,6 +70,7 @@ class Settings:
     text_key: str = "caption"
     questions: tuple[str, ...] = ("Describe the image.",)
     unique_images: bool = False
+    shard_bytes: int = 2**30
     connections: int = 16
     max_total_bytes: int = 100 * 2**30
     limits: Limits = field(default_factory=Limits)
@@ -77,12 +79,13 @@ class Settings:
         """Returns what the result depends on, as plain values."""
         return {
             "version": VERSION,
-            "rows_sha256": file_sha256(path),
+            "rows_sha256": _digest(path),
             "format": self.format,
             "image_key": self.image_key,
             "text_key": self.text_key,
             "questions": list(self.questions),
             "unique_images": self.unique_images,
+            "shard_bytes": self.shard_bytes,
             "max_file_bytes": self.limits.file_bytes,
             "ports": sorted(self.limits.ports),
         }
@@ -135,7 +138,9 @@ def prepare(settings: Settings, downloader: Downloader, say: Callable[[str], obj
         ConfigError: Before the first connection, if the rows, the settings or the directory are wrong; later, if the
             downloads reach `max_total_bytes`, or no row could be kept.
     """
-    path = existing_file(settings.rows, "a file of rows")
+    path = Path(settings.rows)
+    if not path.is_dir():
+        existing_file(settings.rows, "a file of rows")
     rows = RemoteRows(_open(settings, path), _format(settings))
     if problems := first_problems(rows.problems(), settings.rows):
         raise ConfigError(problems)
@@ -148,14 +153,14 @@ def prepare(settings: Settings, downloader: Downloader, say: Callable[[str], obj
         if not (out / REPORT).is_file():
             with Spool(out / SPOOL) as spool:
                 _fetch(rows, spool, settings, downloader, say)
-                report = _write(rows, spool, out, settings.unique_images)
+                report = _write(rows, spool, out, settings)
             _replace(out / REPORT, json.dumps(asdict(report), indent=2) + "\n")
         shutil.rmtree(out / SPOOL, ignore_errors=True)
     report = Report(**json.loads((out / REPORT).read_text()))
     if not report.kept:
         hint = f"if the network was at fault, delete {out} and run the command again"
         raise ConfigError(Problem(f"no row could be kept: {report}", source=str(out / FAILED), hint=hint))
-    say(f"written: {out / ROWS}")
+    say(f"written: {out}, for source: parquet")
     return report
 
 
@@ -166,8 +171,22 @@ def _open(settings: Settings, path: Path) -> Rows:
     if settings.format not in FORMATS:
         hint = did_you_mean(settings.format, FORMATS)
         raise ConfigError(Problem("unknown format", key="--format", value=settings.format, hint=hint))
+    if path.is_dir():
+        from theworld_train.data.arrow import parquet_rows  # takes pyarrow along, which text files do without
+
+        return parquet_rows(path)
     columns = (settings.text_key, settings.image_key) if settings.format == "captions" else ()
     return rows_by_suffix(path, f"--format {settings.format}", columns)
+
+
+def _digest(path: Path) -> str:
+    """Returns a digest of a file of rows, or of the Parquet files of a directory and their names."""
+    if not path.is_dir():
+        return file_sha256(path)
+    digest = hashlib.sha256()
+    for shard in sorted(path.glob("*.parquet")):
+        digest.update(f"{shard.name}\0{file_sha256(shard)}\n".encode())
+    return digest.hexdigest()
 
 
 def _format(settings: Settings) -> Format:
@@ -316,13 +335,13 @@ def _collect(running: set[Future[Outcome]], spool: Spool, say: Callable[[str], o
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write(rows: RemoteRows, spool: Spool, out: Path, unique_images: bool) -> Report:
+def _write(rows: RemoteRows, spool: Spool, out: Path, settings: Settings) -> Report:
     """Writes what was fetched, in the order of the rows."""
     seen: set[bytes] = set()
     images: dict[str, int] = {}
     failed: Counter[str] = Counter()
     kept = duplicates = 0
-    with Outputs(out) as outputs:
+    with Outputs(out, settings.shard_bytes) as outputs:
         for row in rows:
             outcomes = [spool.outcomes[url] for url in row.urls]
             failure = next((outcome for outcome in outcomes if outcome.reason is not None), None)
@@ -331,7 +350,7 @@ def _write(rows: RemoteRows, spool: Spool, out: Path, unique_images: bool) -> Re
                 outputs.fail(row.id, failure)
                 continue
             digests = [str(outcome.sha256) for outcome in outcomes]
-            holds = digests if unique_images and digests else [row.messages, digests]
+            holds = digests if settings.unique_images and digests else [row.messages, digests]
             content = hashlib.sha256(json.dumps(holds).encode()).digest()
             if content in seen:
                 duplicates += 1

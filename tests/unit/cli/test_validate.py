@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 
 def test_a_good_config_is_ok(folder, call):
     assert call("validate", "good.yaml") == (0, "ok     good.yaml: run 'good' trains world_projector\n", "")
@@ -64,3 +66,23 @@ def test_no_argument_is_a_usage_error(call):
     code, _, err = call("validate")
     assert code == 2
     assert "Missing argument" in err
+
+
+def test_with_the_data_every_wrong_row_is_named(folder, call):
+    turns = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "this"}]
+    rows = [{"messages": turns}, {"id": "open", "messages": turns[:1]}, {"id": "x", "messages": turns}]
+    folder.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[-1]]))
+    data = ["data.train={source: jsonl, path: rows.jsonl}", "data.eval={source: jsonl, path: absent.jsonl}"]
+    assert call("validate", "good.yaml", *data)[0] == 0
+    code, out, err = call("validate", "--data", "good.yaml", *data)
+    assert (code, out) == (2, "wrong  good.yaml\n")
+    assert "problem in rows.jsonl:2\n  messages: no assistant turn" in err
+    assert "problem in rows.jsonl:4\n  id: the id is already that of rows.jsonl:3 (got 'x')" in err
+    assert "absent.jsonl" in err
+
+    folder.joinpath("out.jsonl").write_text('{"id": "rows.jsonl:4"}\n{"id": "rows.jsonl:2"}\n')
+    assert call("validate", "--data", "good.yaml", data[0], "data.eval=null", "data.exclude=[out.jsonl]") == (
+        0,
+        "ok     good.yaml: run 'good' trains world_projector; 4 rows are right\n",
+        "",
+    )

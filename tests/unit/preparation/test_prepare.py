@@ -29,7 +29,7 @@ from theworld_train.data import open_source
 from theworld_train.preparation import Downloader, Report, Settings, output, prepare
 from theworld_train.preparation.spool import JOURNAL, Outcome, Spool
 
-FILES = ("rows.parquet", "failed.jsonl", "report.json")
+FILES = ("rows-00000.parquet", "failed.jsonl", "report.json")
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +79,10 @@ def settings(site: Site, tmp_path: Path) -> Settings:
     return Settings(path, str(tmp_path / "out"), limits=site.downloader().limits, connections=3)
 
 
+def kept(out: str) -> list[dict[str, Any]]:
+    return [row for shard in sorted(Path(out).glob("*.parquet")) for row in pq.read_table(shard).to_pylist()]
+
+
 def contents(out: str) -> dict[str, bytes]:
     return {name: (Path(out) / name).read_bytes() for name in FILES}
 
@@ -96,7 +100,7 @@ def test_what_is_written_is_what_training_reads(site: Site, settings: Settings):
     assert [line["reason"] for line in lines] == ["HTTP 404", *["not an image"] * 3, "refused URL"]
     assert "more than 67,108,864 pixels" in lines[2]["detail"]
 
-    source = open_source(ParquetSource(source="parquet", path=str(out / "rows.parquet")))
+    source = open_source(ParquetSource(source="parquet", path=str(out)))
     assert list(source.check()) == []
     samples = [source[index] for index in range(len(source))]
     assert [sample.id for sample in samples] == [f"rows.jsonl:{number}" for number in (1, 3, 5, 9)]
@@ -140,7 +144,7 @@ def test_conversations_with_several_images(site: Site, tmp_path: Path):
     settings = Settings(path, str(tmp_path / "out"), format="conversations")
     assert prepare(settings, site.downloader()).kept == 2
 
-    source = open_source(ParquetSource(source="parquet", path=f"{settings.out}/rows.parquet"))
+    source = open_source(ParquetSource(source="parquet", path=settings.out))
     sample = source[0]
     assert (sample.id, sample.kind, sample.world) == ("two", "change", False)
     content = sample.messages[1]["content"]
@@ -167,9 +171,49 @@ def test_every_container(site: Site, tmp_path: Path, container: str):
 def test_rows_come_in_groups(site: Site, settings: Settings, monkeypatch: pytest.MonkeyPatch, name: str, most: int):
     monkeypatch.setattr(output, name, most)
     prepare(settings, site.downloader())
-    file = pq.ParquetFile(Path(settings.out) / "rows.parquet")
+    file = pq.ParquetFile(Path(settings.out) / "rows-00000.parquet")
     assert file.num_row_groups == {"GROUP_ROWS": 2, "GROUP_BYTES": 4}[name]
     assert file.read().column("id").to_pylist() == [f"rows.jsonl:{number}" for number in (1, 3, 5, 9)]
+
+
+def test_shards_end_when_they_are_full_and_hold_what_one_file_would(site: Site, settings: Settings, tmp_path: Path):
+    sizes = [len(picture(color)) for color in ("red", "green", "red", "blue")]
+    prepare(replace(settings, shard_bytes=sum(sizes[:2])), site.downloader())
+    out = Path(settings.out)
+    shards = sorted(out.glob("*.parquet"))
+    assert [shard.name for shard in shards] == ["rows-00000.parquet", "rows-00001.parquet"]
+    assert [pq.read_metadata(shard).num_rows for shard in shards] == [2, 2]
+    whole = replace(settings, out=str(tmp_path / "whole"))
+    prepare(whole, site.downloader())
+    assert kept(settings.out) == kept(whole.out)
+    for streaming in (False, True):
+        source = open_source(ParquetSource(source="parquet", path=settings.out, streaming=streaming))
+        assert list(source.check()) == []
+        assert [source[index].id for index in range(4)] == [f"rows.jsonl:{number}" for number in (1, 3, 5, 9)]
+
+
+def test_rows_of_several_files_are_told_apart_and_compared(site: Site, tmp_path: Path):
+    """Places that are equal in two files give ids of their own, and what repeats in another file is a duplicate."""
+    red, blue = (site.file(f"/{color}", picture(color)) for color in ("red", "blue"))
+    (tmp_path / "rows").mkdir()
+    for name, urls in (("a", [red, blue]), ("b", [blue, red])):
+        rows = [{"url": url, "caption": f"text {number}"} for number, url in enumerate(urls)]
+        rows.append({"url": red, "caption": "the same in both"})
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows" / f"{name}.parquet")
+    settings = Settings(str(tmp_path / "rows"), str(tmp_path / "out"))
+    report = prepare(settings, site.downloader())
+    assert (report.rows, report.kept, report.duplicates, report.images) == (6, 5, 1, 2)
+    assert [row["id"] for row in kept(settings.out)] == [
+        "a.parquet[0]",
+        "a.parquet[1]",
+        "a.parquet[2]",
+        "b.parquet[0]",
+        "b.parquet[1]",
+    ]
+    assert prepare(settings, site.downloader()) == report
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows" / "c.parquet")
+    with pytest.raises(ConfigError, match="rows_sha256: the directory was begun with"):
+        prepare(settings, site.downloader())
 
 
 # -- going on ---------------------------------------------------------------------------------------------------------
@@ -212,7 +256,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(site: Site, settings: 
     with journal.open("ab") as file:
         file.write(b'{"url": "https://im')
     (out / ".fetched" / ".half.1").write_bytes(b"\x89PNG")
-    (out / ".rows.parquet.partial").write_bytes(b"PAR1")
+    (out / ".rows-00000.parquet.partial").write_bytes(b"PAR1")
 
     site.asked.clear()
     said: list[str] = []
@@ -276,7 +320,7 @@ def test_all_downloads_end_at_their_most_bytes_and_go_on(site: Site, settings: S
     few = replace(settings, max_total_bytes=len(picture("red")) + 10, connections=1)
     with pytest.raises(ConfigError, match="--max-total-bytes: the downloads have reached"):
         prepare(few, site.downloader())
-    assert not (Path(settings.out) / "rows.parquet").exists()
+    assert not (Path(settings.out) / "rows-00000.parquet").exists()
     first = site.asked["/red.png"]
     assert prepare(settings, site.downloader()).kept == 4
     assert site.asked["/red.png"] == first == 1
@@ -354,7 +398,7 @@ def test_nothing_kept_is_an_error_that_says_why(site: Site, tmp_path: Path):
     for _ in range(2):
         with pytest.raises(ConfigError, match=r"failed.jsonl: no row could be kept.*HTTP 404 1"):
             prepare(Settings(path, str(tmp_path / "out")), site.downloader())
-    assert not (tmp_path / "out" / "rows.parquet").exists()
+    assert not list((tmp_path / "out").glob("*.parquet"))
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -368,7 +412,7 @@ def test_the_command_passes_its_options_on(site: Site, settings: Settings, monke
     result = CliRunner().invoke(app, ["prepare", settings.rows, settings.out, *options])
     assert result.exit_code == 0, result.output
     written, report = result.stdout.splitlines()
-    assert written == f"written: {settings.out}/rows.parquet"
+    assert written == f"written: {settings.out}, for source: parquet"
     assert report.startswith("10 rows: 3 kept, 2 duplicates, 5 failed (HTTP 404 1, not an image 3, refused URL 1);")
     record = json.loads((Path(settings.out) / "prepare.json").read_text())
     assert (record["ports"], record["questions"]) == ([site.port], ["What is it?"])
