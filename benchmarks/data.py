@@ -35,6 +35,7 @@ from theworld_train.config.sources import (
 from theworld_train.data import (
     Batching,
     Collator,
+    Conversations,
     Source,
     TrainingOrder,
     measure_lengths,
@@ -87,7 +88,7 @@ def write_other_formats(directory: Path, conversations: Path) -> dict[str, Sourc
         embedded.append({"messages": messages, "images": [{"bytes": photos[name], "path": None}]})
     (directory / "llava.json").write_text(json.dumps(llava))
     (directory / "regions.json").write_text(json.dumps(regions))
-    datasets.Dataset.from_list(embedded).to_parquet(directory / "rows.parquet")
+    datasets.Dataset.from_list(embedded).to_parquet(directory / "rows.parquet", batch_size=100)
     with tarfile.open(directory / "00000.tar", "w") as tar:
         for number, row in enumerate(llava):
             for suffix, data in (("jpg", photos[row["image"]]), ("json", json.dumps(row).encode())):
@@ -109,6 +110,9 @@ def write_other_formats(directory: Path, conversations: Path) -> dict[str, Sourc
         "photos in a tar shard": open_source(
             WebDatasetSource(source="webdataset", path=path["00000.tar"], format="llava")
         ),
+        "photos in a stream of Parquet": open_source(
+            ParquetSource(source="parquet", path=path["rows.parquet"], streaming=True)
+        ),
         "clips of 9 photos": open_source(ClipsSource(source="clips", path=path["clips"])),
     }
 
@@ -117,7 +121,8 @@ def walk(source: Source, collator: Collator, kind: str, workers: int, steps: int
     """Returns seconds, micro-batches, tokens and positions of some steps on one rank, the start of workers included."""
     started = time.perf_counter()
     lengths = None if kind == "padded" else measure_lengths(source, collator, range(len(source)), workers)
-    order = TrainingOrder(len(source), 0, GLOBAL_BATCH)
+    groups = source.groups if isinstance(source, Conversations) else None
+    order = TrainingOrder(len(source), 0, GLOBAL_BATCH, groups)
     batches = tokens = positions = 0
     for window in training_batches(
         source,

@@ -95,4 +95,4 @@ def _check_data(configs: Sequence[RunConfig]) -> str:
                 problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return f"; {sum(numbers.values()):,} rows are right"
+    return f"; {sum(numbers.values()):,} rows checked"

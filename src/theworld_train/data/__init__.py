@@ -32,6 +32,7 @@ __all__ = [
     "Batching",
     "Check",
     "Collator",
+    "Conversations",
     "Dropped",
     "EvaluationBatch",
     "ExcludedSampleError",

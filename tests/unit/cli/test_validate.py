@@ -83,6 +83,6 @@ def test_with_the_data_every_wrong_row_is_named(folder, call):
     folder.joinpath("out.jsonl").write_text('{"id": "rows.jsonl:4"}\n{"id": "rows.jsonl:2"}\n')
     assert call("validate", "--data", "good.yaml", data[0], "data.eval=null", "data.exclude=[out.jsonl]") == (
         0,
-        "ok     good.yaml: run 'good' trains world_projector; 4 rows are right\n",
+        "ok     good.yaml: run 'good' trains world_projector; 4 rows checked\n",
         "",
     )

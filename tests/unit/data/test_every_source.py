@@ -1,9 +1,13 @@
-"""What a step holds is the same for each kind of source, whoever loads it: any workers, any split over ranks."""
+"""What a step holds is the same for each kind of source, whoever loads it: any workers, any split over ranks.
+
+And none of them opens a connection.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +146,25 @@ class Loading:
             dropped = sorted((item for window in windows for item in window.dropped), key=lambda item: item.sample_id)
             found.append((batches, dropped))
         return found
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever asks for an address or connects to one fails, in this process and in workers, which are forked from it."""
+    asked: list[object] = []
+    connect = socket.socket.connect
+
+    def refused(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise AssertionError(f"the network was asked for {arguments}")
+
+    def local_alone(self: socket.socket, address: Any) -> None:
+        connect(self, address) if self.family == socket.AF_UNIX else refused(address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_alone)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    yield
+    assert asked == []
 
 
 @pytest.fixture
