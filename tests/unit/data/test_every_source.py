@@ -150,7 +150,7 @@ class Loading:
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever asks for an address or connects to one fails, in this process and in workers, which are forked from it."""
+    """Whoever asks for an address or connects to one fails, in this process and in workers, its forks."""
     asked: list[object] = []
     connect = socket.socket.connect
 

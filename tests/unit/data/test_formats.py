@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from theworld_train.data.conversation import parse_row
+from theworld_train.data.conversations import renamed
 from theworld_train.data.formats import LLAVA, SHAREGPT, Adapted, CaptionFormat, ChatFormat, VsrFormat
+from theworld_train.data.media import Media
 
 ASK = {"from": "human", "value": "What is it?"}
 ANSWER = {"from": "gpt", "value": "A cup."}
@@ -62,11 +65,12 @@ def test_media_go_where_the_text_asks_for_them() -> None:
         {"type": "text", "text": "Left."},
         {"type": "image"},
         {"type": "text", "text": "Right."},
-        {"type": "video", "path": "c.mp4"},
+        {"type": "video"},
         {"type": "text", "text": "Which?"},
     ]
     assert adapted.own_key("images[1]") == "images[1]"
-    assert adapted.own_key("messages[0].content[4].path") == "videos[0]"
+    assert adapted.row["videos"] == ["c.mp4"]
+    assert adapted.own_key("videos[0]") == "videos[0]"
     assert adapted.own_key("messages[1].content") == "conversations[1].value"
 
 
@@ -85,15 +89,19 @@ def test_images_of_later_turns() -> None:
 
 def test_a_video_that_is_asked_for_as_an_image() -> None:
     row = {"video": "clips/a.mp4", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, ANSWER]}
-    assert turns(LLAVA(row, 0))[0][1][0] == {"type": "video", "path": "clips/a.mp4"}
+    adapted = LLAVA(row, 0)
+    assert turns(adapted)[0][1][0] == {"type": "video"}
+    assert adapted.row["videos"] == ["clips/a.mp4"]
+    assert adapted.own_key("videos[0]") == "video"
 
 
 def test_a_video_without_a_path_is_told_by_its_field() -> None:
     row = {"video": 3, "conversations": [{"from": "human", "value": "<video>\nWhat?"}, ANSWER]}
     adapted = LLAVA(row, 0)
-    _, (problem,) = parse_row(adapted.row, "row")
-    assert problem.key is not None
-    assert adapted.own_key(problem.key) == "video"
+    conversation, _ = parse_row(adapted.row, "row")
+    assert conversation is not None
+    (problem,) = Media(Path("/data")).check(conversation, "row")
+    assert str(renamed(problem, adapted)) == "row: video: a medium is named by its path (got 3)"
 
 
 @pytest.mark.parametrize(

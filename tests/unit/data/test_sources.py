@@ -342,7 +342,7 @@ EXAMPLES = {
             ({"txt": ""}, "txt: expected a caption"),
             ({"txt": b"\xff"}, "the text is not in UTF-8"),
             ({"json": "{"}, "not valid JSON"),
-            ({"png": jpeg()}, "images: expected one image beside the caption (got 2)"),
+            ({"png": jpeg()}, "images: expected one image or clip beside the caption (got 2)"),
         ],
     ),
     "webdataset of conversations": Example(
