@@ -119,7 +119,8 @@ class DataSection(Section):
     """What happens to a longer sample: its end is cut, never inside an image or world block; another one takes its
     place; or the run ends."""
     max_bad_samples: NonNegativeInt | None = 1000
-    """Different samples that may be unusable (unreadable, or too long) before the run ends; no limit if null."""
+    """Different samples that may be unusable (a wrong row, unreadable, or too long) before the run ends; no limit if
+    null."""
     exclude: tuple[Path, ...] = ()
     """Files whose lines name samples to leave out, `{"id": ...}` each, such as a run's `quarantine.jsonl`."""
     num_workers: NonNegativeInt = 2
