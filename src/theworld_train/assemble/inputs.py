@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.errors import ConfigError, Problem, did_you_mean
+from theworld_train.config.gates import kind_of
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.sources import frames_of
 from theworld_train.data import (
@@ -28,6 +29,7 @@ from theworld_train.data import (
 )
 from theworld_train.model import TheWorldProcessor
 from theworld_train.model.world_encoder import read_vae_config
+from theworld_train.train.gates import Gates
 from theworld_train.train.metrics import missing_trackers
 
 #: Tokens of text that fit beside the largest image or clip where `data.max_sequence_length` is not set.
@@ -92,6 +94,8 @@ def open_inputs(config: RunConfig, *, allow_wrong_rows: bool = False) -> Inputs:
     check = check_rows(train, "data.train", allowed, excluded)
     found = [*missing_trackers(config.tracking.trackers), *check.refusals(allowed)]
     collator = _check_inputs(config, sources, [*found, *_held_out_problems(held_out)])
+    if held_out is not None:
+        _check_gates(config, held_out)
     order = training_order(config.data.train, train, config.seed, config.training.global_batch_size)
     _check_capacity(config, order, len(train))
     if excluded or check.wrong:
@@ -113,6 +117,26 @@ def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
 def _held_out_problems(held_out: Source | None) -> list[Problem]:
     """Returns what is wrong with the held-out split, of which no row may be: a result would be one of other samples."""
     return [] if held_out is None else list(check_rows(held_out, "data.eval", allowed=0).problems)
+
+
+def _check_gates(config: RunConfig, held_out: Source) -> None:
+    """Makes sure that the kinds of question whose metrics gates read are among the samples that are measured."""
+    read = {metric: kind for metric in Gates(config.training).metrics if (kind := kind_of(metric))}
+    if not read:
+        return
+    measured = min(len(held_out), config.evaluation.max_samples or len(held_out))
+    kinds = sorted({held_out.outline(index).kind for index in range(measured)})
+    problems = [
+        Problem(
+            f"reads {metric}, but no held-out sample is of the kind {kind!r}",
+            key="training.advance_when, training.stop_when",
+            hint=did_you_mean(kind, kinds),
+        )
+        for metric, kind in read.items()
+        if kind not in kinds
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_capacity(config: RunConfig, order: Order, samples: int) -> None:

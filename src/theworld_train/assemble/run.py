@@ -215,6 +215,7 @@ def _train(
         quarantine=Quarantine(directory / QUARANTINE_FILE if runtime.is_main else None, config.data.max_bad_samples),
         metrics=metrics,
         progress=progress,
+        gates=inheritance.gates,
     )
     try:
         result = trainer.run()
@@ -332,6 +333,10 @@ def write_result(directory: Path, ledger: ParameterLedger, result: TrainingResul
     last = checkpoints(directory)
     summary = {
         "steps": result.steps,
+        "ended_by": result.ending.by,
+        "reason": result.ending.reason,
+        "tokens": result.tokens,
+        "supervised_tokens": result.supervised_tokens,
         "parameters": ledger.total,
         "trainable": ledger.trainable,
         "first_loss": losses[0] if losses else None,

@@ -50,9 +50,9 @@ class RunSaver:
         record, copy = self._record, self._background is not None
         return take_snapshot(record.model, engine, (*record.trained, *record.initialised), keep=keep, copy=copy)
 
-    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]], gates: dict[str, Any]) -> None:
         """See `Saver`."""
-        (self._background or self._writer).write(step, snapshot, rng)
+        (self._background or self._writer).write(step, snapshot, rng, gates)
 
     def finish(self) -> None:
         """See `Saver`."""

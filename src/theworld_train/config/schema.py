@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import ConfigDict, Field, model_validator
 
 from theworld_train.config.components import Component
+from theworld_train.config.gates import AdvanceWhen, StopWhen, reads_evaluation
 from theworld_train.config.section import (
     BelowOne,
     Fraction,
@@ -236,11 +237,18 @@ class TrainingSection(Section):
     """Steps in a row that may be skipped, as their gradient is not finite, before the run ends."""
     verify_freezing: bool = True
     """Check after the first step that frozen tensors are bit-identical and trainable ones have moved."""
+    advance_when: AdvanceWhen = AdvanceWhen()
+    """What ends the run before its last step; a pipeline goes on with its next stage."""
+    stop_when: StopWhen = StopWhen()
+    """When the model is good enough: the run ends, and a pipeline skips the stages that are left."""
 
     @model_validator(mode="after")
     def _check_length(self) -> TrainingSection:
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError("exactly one of max_steps and epochs must be set")
+        steps = self.advance_when.steps
+        if steps is not None and self.max_steps is not None and steps >= self.max_steps:
+            raise ValueError(f"advance_when.steps: {steps} can never end a run of max_steps: {self.max_steps}")
         return self
 
 
@@ -380,6 +388,26 @@ class RunConfig(Section):
                 )
         if self.resume and self.init_from and self.resume != "latest":
             raise ValueError("resume continues a run, init_from starts one: set only one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_gates(self) -> RunConfig:
+        advance, stop = self.training.advance_when, self.training.stop_when
+        gates = {
+            "advance_when.plateau": advance.plateau,
+            "advance_when.threshold": advance.threshold,
+            "stop_when.threshold": stop.threshold,
+        }
+        for name, gate in gates.items():
+            if gate is None or not reads_evaluation(gate.metric):
+                continue
+            if self.data.eval is None:
+                raise ValueError(f"training.{name} reads {gate.metric}, but there is no data.eval to measure it on")
+            # What holds at the end alone can still have later stages skipped, but cannot end this one.
+            if self.evaluation.every_steps is None and name != "stop_when.threshold":
+                raise ValueError(
+                    f"training.{name} reads {gate.metric}, measured at the end alone: set evaluation.every_steps"
+                )
         return self
 
     @model_validator(mode="after")

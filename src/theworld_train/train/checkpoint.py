@@ -153,8 +153,8 @@ class Saver(Protocol):
         """Takes the snapshot of a checkpoint; every rank calls it, one of them keeps it."""
         ...
 
-    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
-        """Writes the checkpoint of a step, given each rank's random state; the rank that kept the snapshot calls it.
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]], gates: dict[str, Any]) -> None:
+        """Writes the checkpoint of a step; the rank that kept the snapshot calls it, with all ranks' random states.
 
         It may return before all is written.
         """
@@ -218,16 +218,16 @@ class CheckpointWriter:
         self._directory, self._keep_last = directory, keep_last
         self._record, self._carried = record, carried
 
-    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> Path:
-        """Writes and seals `step-N` and removes what is older than the newest ones.
+    def write(
+        self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]], gates: dict[str, Any] | None = None
+    ) -> Path:
+        """Writes and seals `step-N`, removes what is older than the newest ones, and returns the new one.
 
         Args:
             step: Optimizer steps done.
             snapshot: The tensors.
             rng: Random state of each rank.
-
-        Returns:
-            The checkpoint.
+            gates: What the run's gates have seen.
 
         Raises:
             ConfigError: If the file system takes no more, and what was written of this checkpoint is removed; or if
@@ -242,7 +242,9 @@ class CheckpointWriter:
                 shutil.rmtree(remains, ignore_errors=True)
             partial.mkdir(parents=True)
             _check_space(partial, snapshot.nbytes)
-            self._write_files(partial, step, snapshot, rng)
+            self._write_files(
+                partial, snapshot, {"step": step, "world_size": len(rng), "rng": rng, "gates": gates or {}}
+            )
             seal(partial, {"step": step, "run": self._record.run_name, "world_size": len(rng)})
             partial.rename(final)
             sync(self._directory)
@@ -256,7 +258,7 @@ class CheckpointWriter:
         self._carried = {name: replace(entry, path=final / entry.path.name) for name, entry in self._carried.items()}
         return final
 
-    def _write_files(self, directory: Path, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+    def _write_files(self, directory: Path, snapshot: Snapshot, state: dict[str, Any]) -> None:
         record = self._record
         trainers = dict.fromkeys(record.trained, record.run_name) | dict.fromkeys(record.initialised)
         components = _write_components(directory, snapshot, trainers) | _link_components(directory, self._carried)
@@ -270,7 +272,7 @@ class CheckpointWriter:
         }
         _write_json(directory / COMPONENTS_FILE, facts)
         _save_tensors(snapshot.optimizer, directory / OPTIMIZER_FILE)
-        _write_json(directory / STATE_FILE, {"format": FORMAT, "step": step, "world_size": len(rng), "rng": rng})
+        _write_json(directory / STATE_FILE, {"format": FORMAT, **state})
         _write_json(directory / "ledger.json", record.ledger)
         (directory / "config.yaml").write_text(record.config_yaml)
         record.model.config.save_pretrained(directory)
@@ -288,10 +290,10 @@ class BackgroundWriter:
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._write: Future[Path] | None = None
 
-    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]]) -> None:
+    def write(self, step: int, snapshot: Snapshot, rng: list[dict[str, Any]], gates: dict[str, Any]) -> None:
         """Begins to write; the one before is finished first."""
         self.finish()
-        self._write = self._executor.submit(self._writer.write, step, snapshot, rng)
+        self._write = self._executor.submit(self._writer.write, step, snapshot, rng, gates)
 
     def finish(self) -> None:
         """See `Saver`."""

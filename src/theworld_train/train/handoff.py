@@ -37,6 +37,7 @@ class Inheritance:
         digests: The checkpoint's digests of the bases, likewise.
         step: Optimizer steps done, above 0 only when a run is resumed.
         rng: Random state of each rank, when a run is resumed.
+        gates: What the run's gates had seen, likewise.
     """
 
     source: Path | None = None
@@ -46,6 +47,7 @@ class Inheritance:
     digests: dict[str, str] = field(default_factory=dict)
     step: int = 0
     rng: tuple[dict[str, Any], ...] = ()
+    gates: dict[str, Any] = field(default_factory=dict)
 
 
 def inherit(
@@ -105,6 +107,8 @@ def inherit(
         digests=recorded,
         step=state["step"] if resume else 0,
         rng=tuple(state["rng"]) if resume else (),
+        # Those of an earlier version hold none: its gates begin anew.
+        gates=state.get("gates", {}) if resume else {},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,10 +33,8 @@ class MetricsFile:
             first_step: Optimizer steps done already.
         """
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            os.replace(temporary, path)
+            _replace(path, [line for line in path.read_text().splitlines() if _is_before(line, first_step)])
+        self._path = path
         self._file = path.open("a")
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
@@ -44,9 +42,23 @@ class MetricsFile:
         self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
         self._file.flush()
 
+    def forget(self, event: str, step: int) -> None:
+        """Removes an event of a step that is about to be measured again."""
+        self._file.close()
+        rows = [json.loads(line) for line in self._path.read_text().splitlines()]
+        kept = [row for row in rows if (row["event"], row["step"]) != (event, step)]
+        _replace(self._path, map(json.dumps, kept))
+        self._file = self._path.open("a")
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_text("".join(f"{line}\n" for line in lines))
+    os.replace(temporary, path)
 
 
 def _is_before(line: str, first_step: int) -> bool:

@@ -47,6 +47,9 @@ RULES: dict[str, Rule] = {
     "optimizer.name": "forbidden",
     "schedule": "allowed",
     "training": "allowed",
+    # Where the run ends: the steps up to there stay as they are.
+    "training.advance_when": "safe",
+    "training.stop_when": "safe",
     "training.global_batch_size": "forbidden",
     "training.micro_batch_size": "safe",
     "training.batching": "safe",

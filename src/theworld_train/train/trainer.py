@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from theworld_train.train.checkpoint import Saver, random_state
 from theworld_train.train.engine import Engine
 from theworld_train.train.evaluation import EvaluationResult, evaluate
 from theworld_train.train.freeze import FreezingCheck, refuse_violations
+from theworld_train.train.gates import ALL_STEPS, Ending, Gates
 from theworld_train.train.groups import has_stepped, set_rates
 from theworld_train.train.guard import NumbersGuard
 from theworld_train.train.ledger import check_wrapped
@@ -96,11 +98,17 @@ class TrainingResult:
 
     Attributes:
         steps: Optimizer steps done.
+        tokens: Tokens that the whole run has trained on, padding not counted.
+        supervised_tokens: Supervised ones among them.
+        ending: Why there are no more steps.
         evaluation: The last held-out measurement, if there is a held-out split.
         resources: What the steps of this process have taken; None if there were none.
     """
 
     steps: int
+    tokens: int
+    supervised_tokens: int
+    ending: Ending
     evaluation: EvaluationResult | None
     resources: Resources | None
 
@@ -124,6 +132,7 @@ class Trainer:
         save: Saver | None = None,
         metrics: MetricsFile | None = None,
         progress: ProgressDisplay | None = None,
+        gates: Mapping[str, Any] | None = None,
     ) -> None:
         """Keeps the objects of a run.
 
@@ -141,6 +150,7 @@ class Trainer:
             save: Writes checkpoints, if any are to be kept.
             metrics: The metrics file, on the main rank.
             progress: The display, on the main rank.
+            gates: What the run's gates had seen when the checkpoint was written that it goes on from.
         """
         self._config = config
         self._runtime = runtime
@@ -158,19 +168,21 @@ class Trainer:
         self._stop = StopRequest()
         self._longest = self._most_supervised = 0
         self._guard = NumbersGuard(config.training.max_skipped_steps)
+        self._gates = Gates(config.training, gates)
+        self._evaluation: EvaluationResult | None = None
+        self._evaluated = -1
         self._accumulation = accumulation_steps(
             config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
         )
 
     def run(self) -> TrainingResult:
-        """Trains from the first step to the last.
+        """Trains from the first step to the last, or until a gate ends the run between two steps.
 
         Raises:
             StoppedError: If a signal to any rank has ended it between two steps, once these are saved.
         """
         check = FreezingCheck(self._stage.model, self._engine.held) if self._config.training.verify_freezing else None
-        evaluation: EvaluationResult | None = None
-        saved = self._first_step
+        done = saved = self._first_step
         times: list[float] = []
         waits: list[float] = []
         if self._metrics is not None:
@@ -178,10 +190,13 @@ class Trainer:
             self._metrics.write("start", self._first_step, layout)
         self._runtime.reset_memory_peak()
         self._stage.set_training_modes()
+        if self._misses_evaluation():
+            self._evaluate(done)
         started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
         with self._stop.listening(), closing(windows), _old_objects_left_alone():
-            for done in range(self._first_step + 1, self._max_steps + 1):
+            while done < self._max_steps and self._gates.ending is None:
+                done += 1
                 self._runtime.enter("loading samples", done)
                 window, error = take(windows)
                 waited = time.perf_counter() - started
@@ -199,21 +214,20 @@ class Trainer:
                 waits.append(waited)
                 self._quarantine.take(result.dropped, done)
                 self._report(done, result, seconds, waited, self._suspects(window, result))
+                self._judge(done, result)
                 # The checkpoint comes first: whatever happens in the evaluation, the steps are not lost.
                 if self._quarantine.is_full or self._is_due(done, self._config.checkpoint.every_steps):
                     self._checkpoint(done)
                     saved = done
                 self._quarantine.check()
                 if self._is_due(done, self._config.evaluation.every_steps):
-                    evaluation = self._evaluate(done)
+                    self._evaluate(done)
                 started = time.perf_counter()
-        self._finish_saving(self._max_steps)
+            self._save_what_is_done(done, saved)
         resources = self._resources(times, waits)
-        if check is not None and self._first_step < self._max_steps:
+        if check is not None and self._first_step < done:
             self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
-        if evaluation is None:
-            evaluation = self._evaluate(self._max_steps)
-        return TrainingResult(self._max_steps, evaluation, resources)
+        return self._result(done, resources)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -327,6 +341,28 @@ class Trainer:
 
     # -- around the step --------------------------------------------------------------------------------------------
 
+    def _misses_evaluation(self) -> bool:
+        """Whether the checkpoint that the run goes on from was written before the evaluation of its step."""
+        due = self._first_step > 0 and self._is_due(self._first_step, self._config.evaluation.every_steps)
+        if not (due and self._gates.misses_evaluation(self._first_step)):
+            return False
+        if self._metrics is not None:
+            self._metrics.forget("eval", self._first_step)
+        return True
+
+    def _judge(self, done: int, result: StepResult) -> None:
+        """Has the gates take in a step; one that was skipped has measured nothing."""
+        self._gates.count(done, tokens=result.tokens, supervised=result.supervised_tokens)
+        if not result.skipped:
+            self._observe({"train/loss": result.loss, "train/grad_norm": result.grad_norm}, done)
+
+    def _observe(self, measured: Mapping[str, float], done: int) -> None:
+        """Has the gates take in what they read of several metrics: the main rank's values, on every rank."""
+        read = [name for name in self._gates.metrics if name in measured]
+        if read:
+            values = self._runtime.exchange([measured[name] for name in read])[0]
+            self._gates.observe(dict(zip(read, values, strict=True)), done)
+
     def _agree(self, check: FreezingCheck, result: StepResult, done: int) -> None:
         """Verifies freezing; ranks that hold parts of tensors put together what they have seen."""
         before = check.pending
@@ -392,19 +428,31 @@ class Trainer:
             data_wait=waited / (sum(settled) + waited) if settled else None,
         )
 
-    def _evaluate(self, done: int) -> EvaluationResult | None:
+    def _result(self, done: int, resources: Resources | None) -> TrainingResult:
+        """Measures what the last step has left, unless that is done, and says why it was the last one."""
+        if self._evaluated < done:
+            self._evaluate(done)
+        ending = self._gates.ending or Ending(ALL_STEPS, f"all {self._max_steps} steps are done")
+        if ending.by != ALL_STEPS:
+            self._say(f"ends after step {done} of {self._max_steps} by {ending.by}: {ending.reason}")
+        tokens, supervised = self._gates.tokens, self._gates.supervised_tokens
+        return TrainingResult(done, tokens, supervised, ending, self._evaluation, resources)
+
+    def _evaluate(self, done: int) -> None:
         if self._held_out is None:
-            return None
+            return
         self._runtime.enter("evaluating", done)
         result = evaluate(self._stage, self._engine.wrapped, self._held_out(), self._runtime)
         values = result.metrics()
+        self._evaluation, self._evaluated = result, done
+        self._gates.refuse_unknown(values)
+        self._observe(values, done)
         if self._metrics is not None:
             self._metrics.write("eval", done, {**values, "samples": dict(result.samples)})
         self._runtime.track(values, done)
         shown = "  ".join(f"{kind} {value:.1%}" for kind, value in result.accuracy.items())
         dropped = f"  ({result.dropped} samples left out)" if result.dropped else ""
         self._say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}{dropped}")
-        return result
 
     def _checkpoint(self, done: int) -> None:
         if self._save is None:
@@ -414,7 +462,7 @@ class Trainer:
         snapshot = self._save.collect(self._engine, keep=self._runtime.is_main)
         with self._runtime.agreement():
             if self._runtime.is_main:
-                self._save.write(done, snapshot, states)
+                self._save.write(done, snapshot, states, self._gates.state())
 
     def _save_what_is_done(self, done: int, saved: int) -> None:
         if done > saved:
