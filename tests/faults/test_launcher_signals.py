@@ -161,11 +161,13 @@ time.sleep(120)
 """
 PIPELINE = """
 import sys
-from theworld_train.pipeline.runner import StageFailedError, _call
-try:
-    _call("stage", [sys.executable, *sys.argv[1:]])
-except StageFailedError as error:
-    sys.exit(error.returncode)
+from theworld_train.pipeline.process import Processes
+processes = Processes()
+with processes.listening():
+    code = processes.call([sys.executable, *sys.argv[1:]])
+    # Told to stop, it starts nothing any more.
+    again = processes.call([sys.executable, *sys.argv[1:]])
+sys.exit(code if again == 128 + processes.stopped_by else 99)
 """
 
 

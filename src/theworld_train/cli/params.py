@@ -74,7 +74,7 @@ def params(
     elif not rows:
         typer.echo("no difference")
     else:
-        _print(_table(header, rows))
+        print_whole(_table(header, rows))
 
 
 def _config_of(path: str, overrides: Sequence[str]) -> RunConfig:
@@ -183,7 +183,12 @@ def _shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _print(table: Table) -> None:
+def ledger_table(ledgers: Mapping[str, ParameterLedger]) -> Table:
+    """Returns the table of several runs' ledgers, side by side."""
+    return _table(*_side_by_side(ledgers))
+
+
+def print_whole(table: Table) -> None:
     """Prints a table; in a log it is as wide as it needs to be, as not a digit may be lost."""
     from theworld_train.cli.tables import output
 

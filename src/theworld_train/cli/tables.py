@@ -36,7 +36,7 @@ def _accuracies(result: Mapping[str, Any] | None, kinds: list[str]) -> list[str]
 
 def stage_table(summary: Mapping[str, Any]) -> Table:
     """Returns the table of a pipeline's stages: what each has trained, its loss and its held-out accuracy."""
-    stages = summary["stages"]
+    stages = [stage for stage in summary["stages"] if stage["state"] == "complete"]
     kinds = _kinds([stage["eval"] for stage in stages if stage["eval"]])
     table = Table(title=f"{summary['pipeline']}: held-out accuracy by stage", box=box.SIMPLE_HEAD)
     table.add_column("stage")

@@ -12,7 +12,8 @@ from theworld_train.config.loading import (
     load_stage_configs,
     parse_run_config,
 )
-from theworld_train.config.schema import PipelineConfig, PipelineStage, RunConfig
+from theworld_train.config.pipeline import PipelineConfig, PipelineStage
+from theworld_train.config.schema import RunConfig
 
 __all__ = [
     "COMPONENT_HINTS",

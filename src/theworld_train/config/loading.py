@@ -22,8 +22,9 @@ from theworld_train.config.layers import (
     read_layers,
 )
 from theworld_train.config.outline import outline_of
+from theworld_train.config.pipeline import PipelineConfig
 from theworld_train.config.reading import IMPLICIT_SCALARS
-from theworld_train.config.schema import PipelineConfig, RunConfig
+from theworld_train.config.schema import RunConfig
 from theworld_train.config.section import Section
 from theworld_train.config.translation import add_problems
 
@@ -91,7 +92,7 @@ def load_stage_configs(pipeline: PipelineConfig, source: str = "pipeline") -> tu
     for index, stage in enumerate(pipeline.stages):
         place = f"{source}: stages[{index}].overrides"
         try:
-            configs.append(load_run_config(_short(stage.config), stage.overrides, overrides_source=place))
+            configs.append(load_run_config(_short(stage.config), stage.run_overrides, overrides_source=place))
         except ConfigError as error:
             # Stages often share a file, whose problems are then the same.
             problems += [problem for problem in error.problems if problem not in problems]

@@ -476,36 +476,3 @@ ABLATIONS: tuple[Ablation, ...] = (
     "world_disabled",
     "image_blanked",
 )
-
-
-class PipelineStage(Section):
-    """One stage of a pipeline: a run config, and what differs from it here."""
-
-    config: Path
-    """Run config, relative to the pipeline file."""
-    overrides: dict[str, object] = {}  # noqa: RUF012 (pydantic copies defaults)
-    """Dotted keys of the run config and their values."""
-
-
-class PipelineEvaluation(Section):
-    """What is measured on the checkpoint of each stage."""
-
-    ablations: tuple[Ablation, ...] = ABLATIONS
-    """Variants of the model that the held-out split is measured with."""
-    stages: tuple[Name, ...] | None = None
-    """Names of the stages that are measured; all of them if null."""
-
-
-class PipelineConfig(Section):
-    """Stages that run one after the other, each in its own process, each starting from the one before."""
-
-    name: Name
-    """Name of the pipeline."""
-    output_dir: Path
-    """Directory that holds a run directory for each stage, and the summary."""
-    launcher: tuple[str, ...] = ()
-    """Argument list put before each training command, such as [accelerate, launch, --num_processes, "8"]."""
-    stages: tuple[PipelineStage, ...] = Field(min_length=1)
-    """The stages in their order."""
-    evaluation: PipelineEvaluation | None = None
-    """What is measured after each stage; nothing if absent."""

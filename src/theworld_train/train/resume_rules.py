@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +88,33 @@ def rule_of(key: str) -> Rule:
     raise KeyError(key)
 
 
+@dataclass(frozen=True)
+class Change:
+    """A key of a config that has another value now.
+
+    Attributes:
+        key: Dotted key.
+        then: Its value when the run directory was written.
+        now: Its value now.
+        rule: Whether it may differ.
+    """
+
+    key: str
+    then: object
+    now: object
+    rule: Rule
+
+
+def changed_keys(now: RunConfig, then: RunConfig) -> list[Change]:
+    """Returns the keys in which two configs of a run differ."""
+    ours, theirs = _flat(now.model_dump(mode="json")), _flat(then.model_dump(mode="json"))
+    return [
+        Change(key, theirs.get(key, _ABSENT), ours.get(key, _ABSENT), rule_of(key))
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key, _ABSENT) != theirs.get(key, _ABSENT)
+    ]
+
+
 def check_changes(config: RunConfig, checkpoint: Path) -> None:
     """Compares a run's config with the one that its checkpoint was written under.
 
@@ -97,21 +125,17 @@ def check_changes(config: RunConfig, checkpoint: Path) -> None:
     Raises:
         ConfigError: With every key that may not differ, or only if it is allowed by name, and both values.
     """
-    ours = _flat(config.model_dump(mode="json"))
-    theirs = _flat(load_run_config(checkpoint / "config.yaml").model_dump(mode="json"))
     problems = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        rule = rule_of(key)
-        now, then = ours.get(key, _ABSENT), theirs.get(key, _ABSENT)
-        if now == then or rule == "safe" or (rule == "allowed" and key in config.allow_changed):
+    for change in changed_keys(config, load_run_config(checkpoint / "config.yaml")):
+        if change.rule == "safe" or (change.rule == "allowed" and change.key in config.allow_changed):
             continue
         hint = (
-            f"list {key} under allow_changed to go on with the new value"
-            if rule == "allowed"
+            f"list {change.key} under allow_changed to go on with the new value"
+            if change.rule == "allowed"
             else "put the value back, or begin a new run with init_from"
         )
-        message = f"was {then!r} up to {checkpoint.name} and is {now!r} now"
-        problems.append(Problem(message, key=key, hint=hint))
+        message = f"was {change.then!r} up to {checkpoint.name} and is {change.now!r} now"
+        problems.append(Problem(message, key=change.key, hint=hint))
     if problems:
         raise ConfigError(problems)
 

@@ -360,6 +360,41 @@ def test_a_pipeline_stage_is_named_by_its_place(folder):
     assert [problem.key for problem in caught.value.problems] == ["stages[1].config", "stages[1].confg", "stages[2]"]
 
 
+@pytest.mark.parametrize(
+    ("training", "key", "said"),
+    [
+        ("stop_when: {threshold: {metric: eval/los, at_most: 1}}", "threshold.metric", "did you mean 'eval/loss'?"),
+        ("stop_when: {threshold: {metric: train/loss}}", "threshold", "exactly one of at_least and at_most"),
+        (
+            "advance_when: {plateau: {metric: train/loss, mode: min, patience: 0}}",
+            "plateau.patience",
+            "a whole number > 0",
+        ),
+        ("advance_when: {platoe: {}}", "advance_when.platoe", "did you mean"),
+        ("advance_when: {steps: 10}", "training", "advance_when.steps: 10 can never end a run of max_steps: 10"),
+        ("stop_when: {threshold: {metric: eval/loss, at_most: 1}}", None, "there is no data.eval to measure it on"),
+    ],
+)
+def test_a_gate_that_cannot_work_is_refused(write, the_problem_of, training, key, said):
+    problem = the_problem_of(write(f"training: {{max_steps: 10, {training}}}"))
+    assert (problem.key or "").endswith(key or "")
+    assert said in str(problem)
+
+
+def test_a_gate_that_is_measured_at_the_end_alone_cannot_end_a_run(write, the_problem_of):
+    data = "data: {train: {source: jsonl, path: a}, eval: {source: jsonl, path: b}}\n"
+    gate = "training: {max_steps: 9, advance_when: {threshold: {metric: eval/loss, at_most: 1}}}"
+    assert "measured at the end alone: set evaluation.every_steps" in str(the_problem_of(write(data + gate)))
+    load_run_config(write(data + gate.replace("advance_when", "stop_when")))
+
+
+def test_a_gate_of_a_stage_is_stated_once(folder):
+    stage = "{config: a, advance_when: {steps: 3}, overrides: {training.advance_when.tokens: 5}}"
+    (folder / "p.yaml").write_text(f"name: p\noutput_dir: o\nstages: [{stage}]\n")
+    with pytest.raises(ConfigError, match=r"advance_when is stated twice, as advance_when and in overrides"):
+        load_pipeline_config("p.yaml")
+
+
 def test_no_pydantic_words_reach_the_user(write):
     with pytest.raises(ConfigError) as caught:
         load_run_config(write("seed: x\ndata: {train: {source: x}}\nzzz: 1\ntraining: {max_steps: null}\nname:"))

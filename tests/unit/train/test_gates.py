@@ -212,8 +212,11 @@ def test_good_enough_at_the_end_is_said_too(run: Callable[..., Any]):
     assert (result["steps"], result["ended_by"]) == (8, "stop_when.threshold")
 
 
-@pytest.mark.parametrize("saved", [None, 2, 3], ids=["stopped", "saved-with-evaluations", "saved-between-them"])
-@pytest.mark.parametrize("stop_at", [3, 5, 6])
+@pytest.mark.parametrize(
+    ("stop_at", "saved"),
+    [(3, None), (6, None), (5, 2), (6, 3)],
+    ids=["stopped", "stopped-after-an-evaluation", "saved-with-evaluations", "saved-between-them"],
+)
 def test_run_that_was_broken_off_ends_at_the_same_step(
     run: Callable[..., Any], stop_at: int, saved: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
