@@ -28,6 +28,8 @@ SECRETS = {"WANDB_API_KEY": "canary-0123456789abcdef0123456789abcdef01234567", "
 #: Step and rank of each kill; a checkpoint is written after every second step.
 CYCLES = ((2, 0), (3, 1), (6, 1), (7, 0), (9, 1))
 STEPS = 10
+#: Ends a run after 7 of its steps, as no loss is better than the first one by so much.
+PLATEAU = {"metric": "train/loss", "mode": "min", "patience": 6, "min_delta": 1e6}
 #: Of a run that goes on with another number of ranks, and where it does so.
 LONG, MIDDLE = 50, 25
 
@@ -107,6 +109,9 @@ def launches(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> 
     stop = {"how": "SIGSTOP", "step": 3, "rank": 1}
     launches.add("stopped", "stopped", 2, stop, runtime={"timeout_s": TIMEOUT_S})
     launches.add("stopped-end", "stopped", 2)
+    gated = {"training": {"advance_when": {"plateau": PLATEAU}}}
+    launches.add("gated", "gated", 2, {"how": "SIGKILL", "step": 6, "rank": 1}, **gated)
+    launches.add("gated-end", "gated", 2, **gated)
     slow = {"how": "slow save", "rank": 0, "seconds": 3}
     launches.add("slow", "slow", 2, slow, runtime={"timeout_s": 1}, checkpoint={})
     tracking = {"trackers": ["wandb", "tensorboard"]}
@@ -153,6 +158,16 @@ def test_all_ranks_end_soon_after_one_is_killed(launches: Launches):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kills_leave_no_trace_in_the_curve(launches: Launches, ranks: int):
     assert_no_trace(launches, "killed", ranks)
+
+
+def test_gate_ends_all_ranks_where_it_would_have_without_a_kill(launches: Launches):
+    assert launches.ended["gated-end"].codes == [0, 0]
+    result = json.loads((launches.root / "gated/result.json").read_text())
+    assert (result["steps"], result["ended_by"]) == (7, "advance_when.plateau")
+    for rank in range(2):
+        rows = launches.rows("gated", rank)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 5, 6, 7], "step 5 was taken again"
+        assert all(row == launches.rows("straight-2", rank)[row["step"] - 1] for row in rows)
 
 
 @pytest.mark.slow
