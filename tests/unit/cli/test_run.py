@@ -62,7 +62,7 @@ def test_dry_run_of_some_stages_shows_these_alone(pipeline: str, call: Call):
         (("--gpu", "h100-80gb"), "--gpu: goes with --dry-run"),
         (("--dry-run", "--gpu", "h10"), "--gpu: "),
         (("on_failure.retry=-1",), "on_failure.retry"),
-        (("on_failure.retries=1",), "did you mean 'retry'"),
+        (("on_failure.retries=1",), "did you mean 'on_failure.retry'"),
     ],
 )
 def test_wrong_words_are_refused(pipeline: str, call: Call, words: tuple[str, ...], said: str):
