@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from theworld_train.accounting.ledger import LedgerRow, ParameterLedger
     from theworld_train.config import RunConfig
     from theworld_train.config.errors import Problem
-    from theworld_train.hub import Repository
 
 GIB = 2**30
 #: Columns of bytes, by what the table calls them.
@@ -55,12 +54,11 @@ def params(
         raise ConfigError(f"--diff compares two runs, got {len(paths)}")
     offline()
     from theworld_train.assemble.model import ledger_of
-    from theworld_train.hub import required_repositories
 
     ledgers: dict[str, ParameterLedger] = {}
     for path in paths:
         config = _config_of(path, overrides)
-        if problems := [problem for use in required_repositories(config, path) if (problem := _missing(use))]:
+        if problems := wrong_names(config, path):
             raise ConfigError(problems)
         name = config.name if config.name not in ledgers else f"{config.name} ({path})"
         ledgers[name] = ledger_of(config)
@@ -89,9 +87,17 @@ def _config_of(path: str, overrides: Sequence[str]) -> RunConfig:
     return load_run_config(path, overrides)
 
 
-def _missing(use: Repository) -> Problem | None:
-    """Returns what is wrong with a model's name; the weights themselves need not be here."""
-    return use.name_problem() if use.kind == "model" else None
+def wrong_names(config: RunConfig, path: str) -> list[Problem]:
+    """Returns what is wrong with the names of a run's models; the weights themselves need not be here.
+
+    Args:
+        config: The run config.
+        path: Its file.
+    """
+    from theworld_train.hub import required_repositories
+
+    named = [use.name_problem() for use in required_repositories(config, path) if use.kind == "model"]
+    return [problem for problem in named if problem is not None]
 
 
 def _trains(row: LedgerRow | None) -> str:

@@ -59,7 +59,7 @@ def run(
     plans = plan_stages(pipeline)
     selected = chosen(plans, first, last)
     if dry_run:
-        _show_dry_run(plans, selected, gpu)
+        _show_dry_run(paths[0], plans, selected, gpu)
         return
     # What stops a stage is told before the first one runs.
     _refuse_absent(pipeline, stages, paths[0])
@@ -73,12 +73,16 @@ def run(
     console.print(f"summary: {pipeline.output_dir}/{SUMMARY_FILE}", highlight=False)
 
 
-def _show_dry_run(plans: Sequence[StagePlan], selected: Sequence[StagePlan], gpu: str | None) -> None:
+def _show_dry_run(path: str, plans: Sequence[StagePlan], selected: Sequence[StagePlan], gpu: str | None) -> None:
     from theworld_train.accounting.gpus import gpu_spec
+    from theworld_train.cli.params import wrong_names
     from theworld_train.cli.ranks import offline
+    from theworld_train.config.errors import ConfigError
     from theworld_train.pipeline.stages import refuse_changed, refuse_mixed
 
     kind = None if gpu is None else gpu_spec(gpu, key="--gpu")
+    if problems := [problem for plan in plans for problem in wrong_names(plan.config, path)]:
+        raise ConfigError(list(dict.fromkeys(problems)))
     refuse_changed(plans)
     refuse_mixed(plans)
     offline()
