@@ -73,5 +73,5 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "error: $(PYTHON) cannot create a virtual environment; on Debian and Ubuntu install python3-venv" >&2; \
 		exit 1; }
 	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	@$(PIP_INSTALL) --editable ".[dev,adapters,deepspeed,plot,video,tensorboard,wandb]"
+	@$(PIP_INSTALL) --editable ".[dev,adapters,deepspeed,plot,sweep,video,tensorboard,wandb]"
 	@touch $@

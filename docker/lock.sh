@@ -12,7 +12,7 @@ compile() {
         --python-version 3.12 --python-platform x86_64-manylinux_2_28 --custom-compile-command docker/lock.sh "$@"
 }
 
-runs=(pyproject.toml --extra video --extra deepspeed --extra adapters --extra tensorboard --extra wandb)
+runs=(pyproject.toml --extra video --extra deepspeed --extra adapters --extra tensorboard --extra wandb --extra sweep)
 compile "${runs[@]}" --output-file docker/requirements.lock
 mapfile -t cuda < <(grep --only-matching --extended-regexp '^(torch|triton|cuda-[a-z-]+|nvidia-[a-z0-9-]+)==' \
     docker/requirements.lock | tr --delete '=')

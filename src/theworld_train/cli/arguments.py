@@ -37,9 +37,13 @@ def one_run_config(command: str, paths: Sequence[str], overrides: Sequence[str])
     """
     if len(paths) != 1:
         raise ConfigError(f"{command} takes one config, got {len(paths)}")
-    if config_kind(paths[0]) == "pipeline":
+    kind = config_kind(paths[0])
+    if kind == "pipeline":
         hint = f"theworld-train run {paths[0]}"
         raise ConfigError(Problem("has stages, so it is a pipeline", source=paths[0], hint=hint))
+    if kind == "sweep":
+        hint = f"theworld-train sweep run {paths[0]}"
+        raise ConfigError(Problem("has a space, so it is a sweep", source=paths[0], hint=hint))
     return paths[0], load_run_config(paths[0], overrides)
 
 

@@ -14,6 +14,7 @@ from theworld_train.config import (
     load_pipeline_config,
     load_run_config,
     load_stage_configs,
+    load_sweep_config,
 )
 
 if TYPE_CHECKING:
@@ -93,12 +94,17 @@ def _check(configs: list[tuple[str, RunConfig]], lock: str) -> None:
 
 
 def _load(paths: list[str], overrides: list[str]) -> list[tuple[str, RunConfig]]:
-    """Loads run configs, and those of the stages of pipelines, each with the file that the user named."""
+    """Loads run configs, and those of pipelines and sweeps, each with the file that the user named."""
+    from theworld_train.sweep.target import resolve_base
+
     configs: list[tuple[str, RunConfig]] = []
     problems: list[Problem] = []
     for path in paths:
         try:
-            if config_kind(path) == "pipeline":
+            kind = config_kind(path)
+            if kind == "sweep":
+                configs += [(path, run) for run in resolve_base(load_sweep_config(path, overrides), path).runs]
+            elif kind == "pipeline":
                 stages = load_stage_configs(load_pipeline_config(path, overrides), source=path)
                 configs += [(path, stage) for stage in stages]
             else:

@@ -49,8 +49,8 @@ def run(
     paths, overrides = split_overrides(arguments)
     if len(paths) != 1:
         raise ConfigError(f"run takes one pipeline, got {len(paths)}")
-    if config_kind(paths[0]) == "run":
-        hint = f"for a run config: theworld-train train {paths[0]}"
+    if (kind := config_kind(paths[0])) != "pipeline":
+        hint = f"theworld-train {'sweep run' if kind == 'sweep' else 'train'} {paths[0]}"
         raise ConfigError(Problem("has no stages, so it is no pipeline", source=paths[0], hint=hint))
     if gpu is not None and not dry_run:
         raise ConfigError(Problem("goes with --dry-run", key="--gpu", value=gpu))

@@ -16,6 +16,7 @@ class Kind(StrEnum):
 
     RUN = "run"
     PIPELINE = "pipeline"
+    SWEEP = "sweep"
 
 
 def schema(kind: Annotated[Kind, typer.Argument(help="The kind of config.")] = Kind.RUN) -> None:

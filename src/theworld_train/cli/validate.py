@@ -18,6 +18,7 @@ from theworld_train.config import (
     load_pipeline_config,
     load_run_config,
     load_stage_configs,
+    load_sweep_config,
 )
 
 
@@ -28,7 +29,7 @@ def validate(
     ],
     rows: Annotated[bool, typer.Option("--data", help="Check every row of the data, too.")] = False,
 ) -> None:
-    """Check run configs and pipelines, and with a pipeline the configs of its stages.
+    """Check run configs, pipelines with the configs of their stages, and sweeps with the points of their space.
 
     Nothing is loaded but the YAML files, and with --data the rows that they name, each of which has to be right; no
     medium is opened. Every file is reported; the exit code is 2 if any is wrong.
@@ -56,7 +57,16 @@ def _report(path: str, overrides: list[str], rows: bool) -> ConfigError | None:
 
 
 def _summary(path: str, overrides: list[str], rows: bool) -> str:
-    if config_kind(path) == "pipeline":
+    kind = config_kind(path)
+    if kind == "sweep":
+        if rows:
+            raise ConfigError(Problem("goes with run configs and pipelines", source=path, key="--data"))
+        from theworld_train.sweep.opening import checked as check_space
+
+        with check_space(load_sweep_config(path, overrides), path) as (found, _):
+            keys = ", ".join(found.sweep.space)
+            return f"sweep '{found.sweep.name}' of {found.wanted} trials ({found.sweep.search}) over {keys}"
+    if kind == "pipeline":
         pipeline = load_pipeline_config(path, overrides)
         stages = load_stage_configs(pipeline, source=path)
         checked = _check_data(stages) if rows else ""

@@ -10,10 +10,12 @@ from theworld_train.config.loading import (
     load_pipeline_config,
     load_run_config,
     load_stage_configs,
+    load_sweep_config,
     parse_run_config,
 )
 from theworld_train.config.pipeline import PipelineConfig, PipelineStage
 from theworld_train.config.schema import RunConfig
+from theworld_train.config.sweep import SweepConfig
 
 __all__ = [
     "COMPONENT_HINTS",
@@ -23,6 +25,7 @@ __all__ = [
     "PipelineStage",
     "Problem",
     "RunConfig",
+    "SweepConfig",
     "config_json_schema",
     "config_kind",
     "did_you_mean",
@@ -31,5 +34,6 @@ __all__ = [
     "load_pipeline_config",
     "load_run_config",
     "load_stage_configs",
+    "load_sweep_config",
     "parse_run_config",
 ]

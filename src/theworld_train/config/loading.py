@@ -26,13 +26,14 @@ from theworld_train.config.pipeline import PipelineConfig
 from theworld_train.config.reading import IMPLICIT_SCALARS
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.section import Section
+from theworld_train.config.sweep import SweepConfig
 from theworld_train.config.translation import add_problems
 
 ConfigT = TypeVar("ConfigT", bound=Section)
-ConfigKind = Literal["run", "pipeline"]
+ConfigKind = Literal["run", "pipeline", "sweep"]
 AnyPath = str | os.PathLike[str]
 
-_MODELS: dict[ConfigKind, type[Section]] = {"run": RunConfig, "pipeline": PipelineConfig}
+_MODELS: dict[ConfigKind, type[Section]] = {"run": RunConfig, "pipeline": PipelineConfig, "sweep": SweepConfig}
 
 
 def load_run_config(path: AnyPath, overrides: Overrides = (), *, overrides_source: str = COMMAND_LINE) -> RunConfig:
@@ -72,6 +73,28 @@ def load_pipeline_config(path: AnyPath, overrides: Overrides = ()) -> PipelineCo
     for layer in layers:
         _anchor_stages(layer)
     return _validated(PipelineConfig, layers, overrides, os.fspath(path), COMMAND_LINE, findings)
+
+
+def load_sweep_config(path: AnyPath, overrides: Overrides = ()) -> SweepConfig:
+    """Loads a sweep; the keys that it varies are not looked up (see `sweep.target`).
+
+    Args:
+        path: The YAML file; files that it extends are loaded with it.
+        overrides: As in `load_run_config`.
+
+    Returns:
+        The config, in which `config` or `pipeline` is an absolute path.
+
+    Raises:
+        ConfigError: with every problem of the files and the overrides.
+    """
+    findings = Findings()
+    layers = read_layers(os.fspath(path), findings)
+    for layer in layers:
+        for key in ("config", "pipeline"):
+            if isinstance(layer.data.get(key), str) and layer.data[key]:
+                layer.data[key] = _anchored(layer, str(layer.data[key]))
+    return _validated(SweepConfig, layers, overrides, os.fspath(path), COMMAND_LINE, findings)
 
 
 def load_stage_configs(pipeline: PipelineConfig, source: str = "pipeline") -> tuple[RunConfig, ...]:
@@ -122,18 +145,19 @@ def parse_run_config(data: Mapping[str, object], source: str = "config") -> RunC
 
 
 def config_kind(path: AnyPath) -> ConfigKind:
-    """Tells a pipeline from a run config: a pipeline has `stages`.
+    """Tells the kinds of config by a key that only one of them has: a sweep has a `space`, a pipeline `stages`.
 
     Args:
         path: The YAML file.
 
     Returns:
-        `pipeline` or `run`.
+        `sweep`, `pipeline` or `run`.
 
     Raises:
         ConfigError: if the file, or one that it extends, cannot be read.
     """
-    return "pipeline" if any("stages" in layer.data for layer in read_layers(os.fspath(path), Findings())) else "run"
+    keys = {key for layer in read_layers(os.fspath(path), Findings()) for key in layer.data}
+    return "sweep" if "space" in keys else "pipeline" if "stages" in keys else "run"
 
 
 def dump_config(config: Section) -> str:
@@ -154,7 +178,7 @@ def config_json_schema(kind: ConfigKind) -> dict[str, object]:
     nothing, and only at their top level; what is missing further down is found by loading.
 
     Args:
-        kind: `run` or `pipeline`.
+        kind: `run`, `pipeline` or `sweep`.
 
     Returns:
         The schema, in which every key has its description.
@@ -203,7 +227,11 @@ def _anchor_stages(layer: Layer) -> None:
     stages = layer.data.get("stages")
     for stage in stages if isinstance(stages, list) else ():
         if isinstance(stage, dict) and isinstance(stage.get("config"), str) and stage["config"]:
-            stage["config"] = os.path.abspath(os.path.join(os.path.dirname(layer.source), stage["config"]))
+            stage["config"] = _anchored(layer, stage["config"])
+
+
+def _anchored(layer: Layer, path: str) -> str:
+    return os.path.abspath(os.path.join(os.path.dirname(layer.source), path))
 
 
 def _short(path: str) -> str:

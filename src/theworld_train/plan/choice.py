@@ -23,7 +23,7 @@ def first_that_fits(config: RunConfig, strategies: Sequence[Strategy], ranks: in
     Raises:
         ConfigError: If none fits, with the cheapest change that makes the run fit.
     """
-    planner, gpu = Planner(config), _gpu_of(memory)
+    planner, gpu = Planner(config), gpu_of_memory(memory)
     for name in strategies:
         if judge(planner.need(planner.setting(name, ranks, config.runtime.offload)), gpu).word == "fits":
             return name
@@ -39,6 +39,27 @@ def first_that_fits(config: RunConfig, strategies: Sequence[Strategy], ranks: in
     raise ConfigError(Problem(message, key="runtime.strategy", value="auto", hint=hint))
 
 
+def why_not(config: RunConfig, strategies: Sequence[Strategy], ranks: int, gpu: GpuSpec) -> str | None:
+    """Says why a run cannot fit a GPU under any of several strategies, or None if it may.
+
+    Args:
+        config: The run config.
+        strategies: Those that it may take.
+        ranks: Processes of the run, a GPU each.
+        gpu: The GPU.
+    """
+    planner = Planner(config)
+    offload = "none" if ranks == 1 else config.runtime.offload
+    verdicts = [judge(planner.need(planner.setting(name, ranks, offload)), gpu) for name in strategies]
+    if any(verdict.word != "does not fit" for verdict in verdicts):
+        return None
+    need = min((verdict.need for verdict in verdicts), key=lambda need: need.least)
+    return (
+        f"the plan says that it takes {need.least / GIB:.2f} GiB at least, and the GPU has {gpu.usable_gib:.2f} "
+        f"({need.setting.strategy.name} on {ranks}, micro-batch {need.setting.micro_batch_size})"
+    )
+
+
 def _keys(change: Change) -> str:
     """Renders a change as arguments of a run."""
     setting = change.verdict.need.setting
@@ -46,7 +67,7 @@ def _keys(change: Change) -> str:
     return " ".join([*keys, f"runtime.strategy={setting.strategy.name}", f"runtime.offload={setting.offload}"])
 
 
-def _gpu_of(memory: int) -> GpuSpec:
+def gpu_of_memory(memory: int) -> GpuSpec:
     """Returns a GPU of which nothing but its memory is known."""
     return GpuSpec(
         name="at-hand",
