@@ -108,6 +108,8 @@ def _run(path: Path, overrides: Sequence[str], *, resume: bool, worker: bool) ->
     from theworld_train.sweep.summary import counts
 
     found = _frozen(path, overrides) if resume else _begun(path, overrides)
+    if resume:
+        _check_at_hand(found.target.resolve({}, found.sweep.name, str(path), str(path)).runs, str(path))
     study = _study(found)
     settings = found.sweep.workers
     workers = [only_worker(settings)] if worker else workers_of(settings)

@@ -209,7 +209,8 @@ class Controller:
         path = self._study.path_of(number)
         if not (path / CONFIG_FILE).is_file():
             name = f"{self._sweep.name[:58]}-{number:04d}"
-            self._target.resolve(values, name, str(path / RUN), f"trial {number}").write(path)
+            # Absolute: the sweep may go on from another working directory.
+            self._target.resolve(values, name, str((path / RUN).absolute()), f"trial {number}").write(path)
         return self._runs(path)
 
     def _runs(self, path: Path) -> list[RunConfig]:
