@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def twelve(tmp_path: Path) -> Path:
-    """A grid of twelve points, one of which crashes and one of which cannot fit."""
+def twelve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A grid of twelve points; half of them crash, and those of one rate cannot fit."""
+    monkeypatch.setenv("SCRIPTED_STEP_S", "0.1")
     space = {
         "optimizer.lr": {"values": [*RATES, TOO_LARGE]},
         "schedule.warmup_steps": {"values": [WELL, CRASHES]},
@@ -102,14 +103,18 @@ def test_killed_controllers_lose_nothing_and_run_nothing_twice(twelve: Path):
     assert json.loads((directory / "sweep.json").read_text()) == json.loads(text)
 
 
-def test_a_signal_has_trials_save_and_end(twelve: Path):
-    directory = twelve.parent / "sweep"
-    process = start(twelve, workers=2)
-    wait_for(lambda: steps_taken(directory) > 1)
+def test_a_signal_has_trials_save_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCRIPTED_STEP_S", "0.3")
+    path = write_sweep(tmp_path, space={"seed": {"values": [1, 2]}})
+    directory = tmp_path / "sweep"
+    process = start(path, workers=2)
+    wait_for(lambda: len(list(directory.glob("trials/*/run/metrics.jsonl"))) == 2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
-    states = Counter(trial["state"] for trial in json.loads((directory / "sweep.json").read_text())["trials"])
-    assert states["running"] == 0
-    assert states["interrupted"] >= 1
-    controller_of(twelve, [Worker(None, 1)] * 2).run()
-    check_all_twelve(directory)
+    trials = json.loads((directory / "sweep.json").read_text())["trials"]
+    assert [trial["state"] for trial in trials] == ["interrupted", "interrupted"]
+    assert 2 <= steps_taken(directory) < 2 * STEPS
+    controller_of(path, [Worker(None, 1)] * 2).run()
+    trials = json.loads((directory / "sweep.json").read_text())["trials"]
+    assert [(trial["state"], trial["launches"]) for trial in trials] == [("complete", 2)] * 2
+    assert steps_taken(directory) == 2 * STEPS

@@ -1,7 +1,7 @@
 """A launcher of trials that trains nothing: it writes the metrics of its config's point, step by step, and can crash.
 
-Usage: `python scripted_trial.py -m theworld_train train CONFIG`. It saves after every step, as a run with a checkpoint at
-each step does, and goes on from there; on SIGTERM it ends after a step with exit code 75. What it does depends on
+Usage: `python scripted_trial.py -m theworld_train train CONFIG`. It saves after every step, as a run with a checkpoint
+at each step does, and goes on from there; on SIGTERM it ends after a step with exit code 75. What it does depends on
 `schedule.warmup_steps`, its script.
 """
 
@@ -18,7 +18,8 @@ from pathlib import Path
 import yaml
 
 STEPS = 5
-STEP_S = 0.1
+#: Seconds of a step.
+STEP_S = float(os.environ.get("SCRIPTED_STEP_S", "0.03"))
 #: Values of `schedule.warmup_steps`, and what they make of a trial.
 WELL, CRASHES, OUT_OF_MEMORY, SLOW, SILENT, STOPPED = range(6)
 
@@ -51,7 +52,7 @@ def main() -> None:
         path = directory / "metrics.jsonl"
         done = len(path.read_text().splitlines()) if path.exists() else 0
         for step in range(done + 1, STEPS + 1):
-            time.sleep(STEP_S * (10 if script == SLOW else 1))
+            time.sleep(STEP_S * (30 if script == SLOW else 1))
             value = value_at(step, config["optimizer"]["lr"], config["seed"])
             row = {"step": step, "train/loss" if script == SILENT else "eval/loss": value}
             with path.open("a") as file:

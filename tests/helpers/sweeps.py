@@ -47,7 +47,7 @@ def write_sweep(folder: Path, **settings: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
     path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump({**sweep, **settings}))
+    path.write_text(yaml.safe_dump({**sweep, **settings}, sort_keys=False))
     return path
 
 

@@ -247,15 +247,12 @@ class Controller:
 
     def _report(self, running: Running) -> bool:
         """Tells Optuna what a trial has measured since the last look, and returns whether it should be pruned."""
-        trial = running.claim.trial
+        trial, before = running.claim.trial, running.reported
         for step, value in running.reader.new():
-            if running.reported and step < running.reported + running.interval:
-                continue
-            running.reported = step
-            trial.report(value, step)
-            if self._sweep.pruner != "none" and trial.should_prune():
-                return True
-        return False
+            if not running.reported or step >= running.reported + running.interval:
+                running.reported = step
+                trial.report(value, step)
+        return running.reported > before and self._sweep.pruner != "none" and trial.should_prune()
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -305,6 +302,7 @@ class Controller:
         self._write()
 
     def _write(self) -> None:
+        self._study.importance()  # kept from here on: it takes a while, and others wait for the lock
         with sweep_lock(self._study.directory):  # or an older summary might replace another worker's newer one
             write_summary(self.summary(), self._study.directory)
 

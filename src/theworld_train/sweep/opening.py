@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from theworld_train.accounting.gpus import gpu_spec
 from theworld_train.config import dump_config, load_sweep_config
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.layers import Overrides
@@ -20,10 +21,23 @@ from theworld_train.config.sweep import SweepConfig
 from theworld_train.sweep.lock import sweep_lock
 from theworld_train.sweep.metric import metric_problem
 from theworld_train.sweep.space import Axis, axes_of, check_points, grid_size
-from theworld_train.sweep.target import BASE, STAGES, SWEEP_FILE, Resolved, Target, resolve_base, target_in
+from theworld_train.sweep.target import (
+    BASE,
+    STAGES,
+    STUDY_DB,
+    STUDY_JOURNAL,
+    SWEEP_FILE,
+    TRIALS,
+    Resolved,
+    Target,
+    resolve_base,
+    target_in,
+)
 
 #: Keys that may change while a sweep goes on; what is varied counts by what it resolves to.
 MAY_CHANGE = ("trials", "workers", "timeout_s", "launcher", "gpu", "memory_gib")
+#: What there is once a sweep has trials, or a study in its directory; until then all of it may change.
+BEGUN = (TRIALS, STUDY_DB, STUDY_JOURNAL)
 _RESOLVED_ELSEWHERE = ("config", "pipeline", "overrides")
 
 
@@ -73,6 +87,8 @@ def checked(sweep: SweepConfig, source: str) -> Generator[tuple[Checked, Resolve
 
 def _check(sweep: SweepConfig, target: Target, runs: Sequence[RunConfig], source: str) -> Checked:
     """Checks the space and the metric of a sweep against what it varies."""
+    if sweep.gpu is not None:
+        gpu_spec(sweep.gpu, source=source, key="gpu")
     axes = axes_of(sweep, target, source)
     run, problem = runs[-1], None
     if sweep.stage is not None:
@@ -117,7 +133,7 @@ def begin(sweep: SweepConfig, source: str) -> Checked:
             message = f"cannot be written to: {error.strerror}"
             raise ConfigError(Problem(message, source=source, key="output_dir", value=str(directory))) from error
         with sweep_lock(directory):
-            if (directory / SWEEP_FILE).is_file():
+            if any((directory / name).exists() for name in BEGUN):
                 _refuse_changed(sweep, base, directory)
             else:
                 base.write(directory / BASE)

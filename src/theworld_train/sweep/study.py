@@ -29,9 +29,9 @@ from theworld_train.sweep.launching import State
 from theworld_train.sweep.lock import TrialLock, is_held, is_orphan, sweep_lock, take
 from theworld_train.sweep.metric import report_interval
 from theworld_train.sweep.space import Axis
+from theworld_train.sweep.target import STUDY_DB, STUDY_JOURNAL, TRIALS
 
 SQLITE, JOURNAL, ENVIRONMENT = "sqlite", "journal", "env:"
-TRIALS = "trials"
 #: Seconds that one process waits for another's write to SQLite.
 SQLITE_PATIENCE_S = 60
 
@@ -215,6 +215,9 @@ class Study:
 
     def _check_directory(self) -> None:
         """Makes sure that the storage's study is the one of this directory."""
+        if (found := self._study.direction.name.lower()) != self._sweep.direction:
+            message, hint = f"the storage holds a sweep of this name already, which {found}s", "choose another name"
+            raise ConfigError(Problem(message, key="name", value=self._sweep.name, hint=hint))
         if self._sweep.storage in (SQLITE, JOURNAL):
             return  # it lies in the directory, and moves with it
         mine = str(self.directory.resolve())
@@ -278,9 +281,9 @@ def open_storage(storage: str, directory: Path) -> BaseStorage:
         ConfigError: If it names nothing, or cannot be reached; a password in a URL is not shown.
     """
     if storage == JOURNAL:
-        return JournalStorage(JournalFileBackend(str(directory / "study.journal")))
+        return JournalStorage(JournalFileBackend(str(directory / STUDY_JOURNAL)))
     if storage == SQLITE:
-        url = f"sqlite:///{directory / 'study.db'}"
+        url = f"sqlite:///{directory / STUDY_DB}"
     elif storage.startswith(ENVIRONMENT):
         name = storage.removeprefix(ENVIRONMENT)
         url = os.environ.get(name, "")

@@ -14,8 +14,8 @@ from typing import Any
 from optuna.trial import FrozenTrial
 
 from theworld_train.config.sweep import Dimension, SweepConfig
-from theworld_train.sweep.study import EXIT_CODE, LAUNCHES, LOG_TAIL, REASON, TRIALS, Study
-from theworld_train.sweep.target import BASE, CONFIG_FILE
+from theworld_train.sweep.study import EXIT_CODE, LAUNCHES, LOG_TAIL, REASON, Study
+from theworld_train.sweep.target import BASE, CONFIG_FILE, TRIALS
 
 FORMAT = 1
 SUMMARY_FILE = "sweep.json"

@@ -21,9 +21,12 @@ from theworld_train.config.sweep import SweepConfig
 
 CONFIG_FILE = "config.yaml"
 STAGES = "stages"
-#: In a sweep's directory: the sweep, and what it varies.
+#: In a sweep's directory: the sweep, what it varies, its trials, and its study if that is a file.
 SWEEP_FILE = "sweep.yaml"
 BASE = "base"
+TRIALS = "trials"
+STUDY_DB = "study.db"
+STUDY_JOURNAL = "study.journal"
 #: Keys that a trial has values of its own for, or that the pipeline gives to its stages.
 SET_FOR_RUNS = ("name", "output_dir", "resume")
 SET_FOR_STAGES = ("name", "output_dir", "resume", "init_from")
