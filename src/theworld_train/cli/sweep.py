@@ -108,6 +108,8 @@ def _run(path: Path, overrides: Sequence[str], *, resume: bool, worker: bool) ->
     from theworld_train.sweep.summary import counts
 
     found = _frozen(path, overrides) if resume else _begun(path, overrides)
+    if worker:
+        _check_shared(found.sweep)
     if resume:
         _check_at_hand(found.target.resolve({}, found.sweep.name, str(path), str(path)).runs, str(path))
     study = _study(found)
@@ -175,6 +177,15 @@ def _check_at_hand(runs: Sequence[RunConfig], source: str) -> None:
     absent = [problem for run in runs for problem in hub.ensure_local(run, lock, source)]
     if absent:
         raise ConfigError(list(dict.fromkeys(absent)))
+
+
+def _check_shared(sweep: SweepConfig) -> None:
+    """Refuses a file of SQLite for the tasks of a job array: it may be damaged where several machines write to it."""
+    import os
+
+    if sweep.storage == "sqlite" and "SLURM_ARRAY_TASK_ID" in os.environ:
+        message = "is not safe where the tasks of a job array run on several machines"
+        raise ConfigError(Problem(message, key="storage", value="sqlite", hint="storage=journal, or a database's URL"))
 
 
 def _study(found: Checked) -> Study:

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "single-node": ["configs/stages/projection.yaml", "optimizer.lr=3e-4"],
     "multi-node": ["configs/stages/full.yaml", "runtime.strategy=zero2"],
     "array": ["configs/stages/projection.yaml", "{overrides}"],
+    "sweep": ["configs/sweeps/projection.yaml", "storage=journal", "trials=50"],
 }
 #: Options of sbatch that the scripts use, each with what its value looks like.
 OPTIONS = {
@@ -99,6 +100,13 @@ def test_script_starts_a_command_that_the_cli_takes(script: Path, environment: d
     start = words.index("theworld-train")
     assert all(word.startswith("--") for word in words[:start]), "options of srun itself"
     monkeypatch.chdir(ROOT)
+    if script.stem == "sweep":
+        begun: list[object] = []
+        monkeypatch.setattr("theworld_train.cli.sweep._run", lambda *given, **options: begun.append((*given, options)))
+        assert call(*words[start + 1 :])[0] == 0
+        path, *overrides = ARGUMENTS["sweep"]
+        assert begun == [(Path(path), overrides, {"resume": False, "worker": True})]
+        return
     code, out, err = call(*words[start + 1 :], "--print")
     assert code == 0, err
     assert "--nproc-per-node=8" in out

@@ -175,4 +175,4 @@ def test_a_trials_config_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert config.optimizer.lr == 0.25
     assert config.name == "scripted-0000"
     assert config.output_dir == str(tmp_path / "relative" / "trials" / "0000" / "run")
-    assert scripted_trial.WELL == config.schedule.warmup_steps
+    assert config.schedule.warmup_steps == scripted_trial.WELL
