@@ -1,4 +1,4 @@
-"""A real sweep of the quickstart: twelve trials, two workers, a controller that is killed, and the best trial once more."""
+"""A real sweep: twelve trials of the quickstart, two workers, a killed controller, and the best trial once more."""
 
 from __future__ import annotations
 

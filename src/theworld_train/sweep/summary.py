@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from optuna.trial import FrozenTrial
 
 from theworld_train.config.sweep import Dimension, SweepConfig
+from theworld_train.sweep.launching import State
 from theworld_train.sweep.study import EXIT_CODE, LAUNCHES, LOG_TAIL, REASON, Study
 from theworld_train.sweep.target import BASE, CONFIG_FILE, TRIALS
 
@@ -54,8 +55,8 @@ def write_summary(summary: Row, directory: Path) -> None:
 
 def counts(trials: Sequence[Mapping[str, Any]]) -> str:
     """Returns how many trials there are in each state, such as `9 complete, 2 pruned, 1 failed`."""
-    states = Counter(words(trial["state"]) for trial in trials)
-    return ", ".join(f"{number} {state}" for state, number in states.most_common()) or "none"
+    states = Counter(trial["state"] for trial in trials)
+    return ", ".join(f"{states[state]} {words(state)}" for state in get_args(State) if states[state]) or "none"
 
 
 def words(state: str) -> str:

@@ -8,7 +8,8 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    ("arguments", "title"), [((), "RunConfig"), (("run",), "RunConfig"), (("pipeline",), "PipelineConfig")]
+    ("arguments", "title"),
+    [((), "RunConfig"), (("run",), "RunConfig"), (("pipeline",), "PipelineConfig"), (("sweep",), "SweepConfig")],
 )
 def test_a_schema_is_printed_as_json(call, arguments, title):
     code, out, err = call("schema", *arguments)
@@ -17,6 +18,6 @@ def test_a_schema_is_printed_as_json(call, arguments, title):
 
 
 def test_an_unknown_kind_names_the_known_ones(call):
-    code, _, err = call("schema", "sweep")
+    code, _, err = call("schema", "stage")
     assert code == 2
-    assert "'run', 'pipeline'" in err
+    assert "'run', 'pipeline', 'sweep'" in err

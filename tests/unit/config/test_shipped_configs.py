@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from theworld_train.config import config_kind, load_pipeline_config, load_run_config, load_stage_configs
+from theworld_train.config import (
+    config_kind,
+    load_pipeline_config,
+    load_run_config,
+    load_stage_configs,
+    load_sweep_config,
+)
+from theworld_train.sweep.opening import checked
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -26,7 +33,11 @@ def test_there_are_shipped_configs():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_a_shipped_config_is_valid(path: Path):
-    if config_kind(path) == "pipeline":
+    kind = config_kind(path)
+    if kind == "sweep":
+        with checked(load_sweep_config(path), str(path)) as (found, _):
+            assert found.wanted > 1
+    elif kind == "pipeline":
         load_stage_configs(load_pipeline_config(path), source=str(path))
     else:
         load_run_config(path)

