@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 def twelve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A grid of twelve points; half of them crash, and those of one rate cannot fit."""
     monkeypatch.setenv("SCRIPTED_STEP_S", "0.1")
+    monkeypatch.setenv("SCRIPTED_SAVE_S", "0.5")
     space = {
         "optimizer.lr": {"values": [*RATES, TOO_LARGE]},
         "schedule.warmup_steps": {"values": [WELL, CRASHES]},

@@ -20,6 +20,8 @@ import yaml
 STEPS = 5
 #: Seconds of a step.
 STEP_S = float(os.environ.get("SCRIPTED_STEP_S", "0.03"))
+#: Seconds that it takes to save and end after SIGTERM.
+SAVE_S = float(os.environ.get("SCRIPTED_SAVE_S", "0"))
 #: Values of `schedule.warmup_steps`, and what they make of a trial.
 WELL, CRASHES, OUT_OF_MEMORY, SLOW, SILENT, STOPPED = range(6)
 
@@ -58,6 +60,7 @@ def main() -> None:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             if stops:
+                time.sleep(SAVE_S)
                 raise SystemExit(75)
         (directory / "result.json").write_text(json.dumps({"cuda_visible": os.environ.get("CUDA_VISIBLE_DEVICES")}))
 

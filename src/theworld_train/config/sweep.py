@@ -65,8 +65,8 @@ class SweepWorkers(Section):
     count: PositiveInt = 1
     """Trials that run at the same time."""
     gpus: tuple[Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)], ...] | None = None
-    """GPUs of each worker by number, such as [[0, 1], [2, 3]]: a trial sees no others, and has a process on each of
-    them. Absent: all trials see all GPUs."""
+    """GPUs of each worker by number, of those that this process sees, such as [[0, 1], [2, 3]]: a trial sees no others,
+    and has a process on each of them. Absent: all trials see all GPUs."""
     processes: PositiveInt = 1
     """Processes of each trial where `gpus` is absent."""
 

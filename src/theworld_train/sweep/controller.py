@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType, MappingProxyType
 
 from theworld_train.config import load_run_config
-from theworld_train.config.errors import ConfigError
+from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.sweep import SweepConfig, SweepWorkers
 from theworld_train.sweep.launching import LOG_TAIL_LINES, Launch, State, ending, exit_code, start
@@ -25,6 +25,7 @@ from theworld_train.sweep.target import CONFIG_FILE, Target, Values, run_directo
 
 #: Seconds between two looks at the trials.
 POLL_S = 0.2
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 PROGRAM = "theworld-train"
 LOG_FILE = "log.txt"
 RUN = "run"
@@ -53,20 +54,33 @@ class Worker:
 
     def environment(self) -> dict[str, str]:
         """Returns the variables of its trials."""
-        return {**os.environ} if self.gpus is None else {**os.environ, "CUDA_VISIBLE_DEVICES": self.gpus}
+        return {**os.environ} if self.gpus is None else {**os.environ, VISIBLE: self.gpus}
 
 
 def workers_of(settings: SweepWorkers) -> list[Worker]:
-    """Returns the workers that a sweep has on one machine."""
+    """Returns the workers that a sweep has on one machine.
+
+    Raises:
+        ConfigError: If a worker is to have a GPU that `CUDA_VISIBLE_DEVICES` does not show.
+    """
     if settings.gpus is None:
         return [Worker(None, settings.processes)] * settings.count
-    return [Worker(",".join(map(str, group)), len(group)) for group in settings.gpus]
+    visible = _visible_gpus()
+    if visible and (most := max(number for group in settings.gpus for number in group)) >= len(visible):
+        message = f"names GPU {most}, but {VISIBLE} shows {len(visible)}, numbered from 0"
+        raise ConfigError(Problem(message, key="workers.gpus"))
+    groups = [[visible[number] if visible else str(number) for number in group] for group in settings.gpus]
+    return [Worker(",".join(group), len(group)) for group in groups]
 
 
 def only_worker(settings: SweepWorkers) -> Worker:
     """Returns the one worker of a job: on all GPUs that the scheduler lets it see, a process on each."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return Worker(None, len(visible.split(",")) if visible else settings.processes)
+    return Worker(None, len(_visible_gpus()) or settings.processes)
+
+
+def _visible_gpus() -> list[str]:
+    """Returns the GPUs that this process has been given; none if nobody has said."""
+    return [name for name in os.environ.get(VISIBLE, "").split(",") if name]
 
 
 def training_command(sweep: SweepConfig, config: Path, processes: int) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 from tests.helpers import scripted_trial
 from tests.helpers.scripted_trial import CRASHES, OUT_OF_MEMORY, SILENT, SLOW, STEPS, STOPPED, WELL, value_at
 from tests.helpers.sweeps import TOO_LARGE, controller_of, write_sweep
-from theworld_train.config import load_run_config, load_sweep_config
+from theworld_train.config import ConfigError, load_run_config, load_sweep_config
 from theworld_train.config.sweep import SweepWorkers
 from theworld_train.sweep.controller import Controller, Worker, only_worker, training_command, workers_of
 
@@ -137,13 +137,21 @@ def test_an_end_that_optuna_was_not_told_is_told(tmp_path: Path, monkeypatch: py
     assert (trial["state"], trial["reason"]) == ("does_not_fit", "it takes 90 GiB, and the GPU has 79")
 
 
-def test_each_worker_has_its_gpus(tmp_path: Path):
+def test_each_worker_has_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     workers = workers_of(SweepWorkers(count=2, gpus=((0, 1), (2,))))
     assert workers == [Worker("0,1", 2), Worker("2", 1)]
     path = write_sweep(tmp_path, space={"seed": {"values": [1, 2]}})
     controller_of(path, workers).run()
     results = [json.loads(file.read_text()) for file in (tmp_path / "sweep").glob("trials/*/run/result.json")]
     assert {result["cuda_visible"] for result in results} == {"0,1", "2"}
+
+
+def test_numbers_of_gpus_are_those_of_what_this_process_sees(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-ab,7")
+    assert workers_of(SweepWorkers(count=2, gpus=((0, 1), (2,)))) == [Worker("4,GPU-ab", 2), Worker("7", 1)]
+    with pytest.raises(ConfigError, match="names GPU 3, but CUDA_VISIBLE_DEVICES shows 3, numbered from 0"):
+        workers_of(SweepWorkers(gpus=((3,),)))
 
 
 def test_a_jobs_worker_takes_the_gpus_that_it_sees(monkeypatch: pytest.MonkeyPatch):
