@@ -16,7 +16,8 @@ from theworld_train.config import (
 )
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.outline import Outline, outline_of
-from theworld_train.config.schema import PipelineConfig, PipelineStage, RunConfig
+from theworld_train.config.pipeline import PipelineConfig, PipelineStage
+from theworld_train.config.schema import RunConfig
 from theworld_train.config.sweep import SweepConfig
 
 CONFIG_FILE = "config.yaml"

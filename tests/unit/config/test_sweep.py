@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 import yaml
 
 from theworld_train.config import ConfigError, config_kind, load_sweep_config
+from theworld_train.sweep.opening import checked
+
+ROOT = Path(__file__).parents[3]
 
 GOOD: dict[str, Any] = {
     "name": "good",
@@ -67,3 +71,15 @@ def test_contradictions_are_refused(write: Callable[..., str], changes: dict[str
         loaded(write, **changes)
     assert said in str(error.value)
     assert "sweep.yaml" in str(error.value)
+
+
+def test_the_documented_sweep_is_right(tmp_path: Path):
+    text = (ROOT / "docs" / "sweeps.md").read_text()
+    whole, workers = re.findall(r"^```yaml\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    sweep = yaml.safe_load(whole) | yaml.safe_load(workers)
+    assert sweep["config"].startswith("../")
+    sweep["config"] = str((ROOT / "configs" / "sweeps" / sweep["config"]).resolve())
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    with checked(load_sweep_config(path), "sweep.yaml") as (found, _):
+        assert found.wanted == 40

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.planned import run_config
 from theworld_train.config import ConfigError
 from theworld_train.plan.advice import GIB, Planner
-from theworld_train.plan.choice import first_that_fits
+from theworld_train.plan.choice import first_that_fits, gpu_of_memory, why_not
 
 ORDER = ("ddp", "zero1", "zero2", "fsdp2", "zero3")
 #: GiB that one sample takes under each.
@@ -53,3 +53,18 @@ def test_none_that_fits_is_refused_with_what_would():
     assert problem.hint == "set training.micro_batch_size=1 runtime.strategy=fsdp2 runtime.offload=none"
     with pytest.raises(ConfigError, match="no change that a plan knows makes it fit"):
         first_that_fits(run_config(batch=1, global_batch=8), ORDER, RANKS, GIB)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "memory", "reason"),
+    [
+        (ORDER, 80, None),
+        (ORDER, 11, None),
+        (("ddp",), 51, None),  # tightly, but it may
+        (ORDER, 9, "it takes 10.00 GiB at least, and the GPU has 9.00 (fsdp2 on 8, micro-batch 1)"),
+        (("ddp",), 49, "it takes 50.00 GiB at least, and the GPU has 49.00 (ddp on 8, micro-batch 1)"),
+    ],
+)
+def test_what_cannot_fit_is_told_apart_from_what_may(strategies: tuple[Any, ...], memory: int, reason: str | None):
+    found = why_not(run_config(batch=1, global_batch=8), strategies, RANKS, gpu_of_memory(memory * GIB))
+    assert found == (None if reason is None else f"the plan says that {reason}")
