@@ -48,6 +48,7 @@ def test_what_is_varied_is_found_beside_the_file(write: Callable[..., str], fold
         ({"stage": "full"}, "stage names a stage of a pipeline"),
         ({"config": None, "pipeline": "chain.yaml", "launcher": ["srun"]}, "a pipeline launches its stages itself"),
         ({"gpu": "h100-80gb", "memory_gib": 80}, "set gpu or memory_gib"),
+        ({"storage": "postgresql://me:hunter2@host/studies"}, "storage: this looks like a secret"),
         ({"trials": None}, "search: random needs trials"),
         ({"warmup_steps": 3}, "warmup_steps is for pruner: median"),
         ({"overrides": {"optimizer.lr": 1}}, "optimizer.lr is varied in space and held by overrides"),
