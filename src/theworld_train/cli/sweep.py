@@ -112,9 +112,9 @@ def _run(path: Path, overrides: Sequence[str], *, resume: bool, worker: bool) ->
         _check_shared(found.sweep)
     if resume:
         _check_at_hand(found.target.resolve({}, found.sweep.name, str(path), str(path)).runs, str(path))
-    study = _study(found)
     settings = found.sweep.workers
     workers = [only_worker(settings)] if worker else workers_of(settings)
+    study = _study(found)
     controller = Controller(found.sweep, study, found.target, workers, say, _fits(found.sweep, path))
     stopped = controller.run()
     summary = controller.summary()
