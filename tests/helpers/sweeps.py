@@ -30,6 +30,8 @@ BASE: dict[str, Any] = {
 }
 #: A rate that `fits` says cannot fit.
 TOO_LARGE = 0.9
+#: One that `fits` fails at.
+NO_PLAN = 0.8
 
 
 def write_sweep(folder: Path, **settings: Any) -> Path:
@@ -53,6 +55,8 @@ def write_sweep(folder: Path, **settings: Any) -> Path:
 
 def fits(runs: Sequence[RunConfig], _processes: int) -> str | None:
     """Says that a rate takes too much memory, in the place of the plan."""
+    if runs[0].optimizer.lr == NO_PLAN:
+        raise NotImplementedError("no plan of it")
     return "it takes 90 GiB, and the GPU has 79" if runs[0].optimizer.lr == TOO_LARGE else None
 
 

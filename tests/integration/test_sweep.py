@@ -38,7 +38,7 @@ def command(*arguments: str, cwd: Path) -> str:
 
 def write_sweep(folder: Path, tiny: TinyCheckpoint) -> None:
     """Writes a sweep of the quickstart's first stage, shortened: half of its points cannot fit, and one crashes."""
-    sizes = [{"global_batch_size": size, "micro_batch_size": size} for size in (8, 4096)]
+    sizes = [{"global_batch_size": size, "micro_batch_size": size} for size in (8, 1024)]
     shared = {
         "max_steps": 6,
         "max_skipped_steps": 1,

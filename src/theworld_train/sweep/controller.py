@@ -200,7 +200,7 @@ class Controller:
         launches = int(trial.user_attrs.get(LAUNCHES, 0))
         try:
             runs = self._frozen(trial.number, values)
-            reason = self._fits(runs, self._workers[worker].processes) if launches == 0 and self._fits else None
+            reason = self._why_not(trial.number, runs, self._workers[worker].processes) if launches == 0 else None
         except ConfigError as error:
             return self._end(claim, "invalid", {REASON: "; ".join(str(problem) for problem in error.problems)})
         if reason is not None:
@@ -217,6 +217,17 @@ class Controller:
         self._say(f"trial {trial.number} {verb}{where}: {shown(values)}")
         self._write()
         return None
+
+    def _why_not(self, number: int, runs: Sequence[RunConfig], processes: int) -> str | None:
+        """Says why a trial cannot fit, or None if it may; a plan that fails itself keeps nothing from being tried."""
+        try:
+            return None if self._fits is None else self._fits(runs, processes)
+        except ConfigError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._say(f"trial {number} cannot be planned ({said}), so that it is launched without")
+            return None
 
     def _frozen(self, number: int, values: Values) -> list[RunConfig]:
         """Returns the run configs of a trial, frozen in its directory before it is launched for the first time."""

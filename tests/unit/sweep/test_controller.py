@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers import scripted_trial
 from tests.helpers.scripted_trial import CRASHES, OUT_OF_MEMORY, SILENT, SLOW, STEPS, STOPPED, WELL, value_at
-from tests.helpers.sweeps import TOO_LARGE, controller_of, write_sweep
+from tests.helpers.sweeps import NO_PLAN, TOO_LARGE, controller_of, write_sweep
 from theworld_train.config import ConfigError, load_run_config, load_sweep_config
 from theworld_train.config.sweep import SweepWorkers
 from theworld_train.sweep.controller import Controller, Worker, only_worker, training_command, workers_of
@@ -135,6 +135,14 @@ def test_an_end_that_optuna_was_not_told_is_told(tmp_path: Path, monkeypatch: py
     again.run()
     (trial,) = again.summary()["trials"]
     assert (trial["state"], trial["reason"]) == ("does_not_fit", "it takes 90 GiB, and the GPU has 79")
+
+
+def test_a_trial_whose_plan_fails_is_launched(tmp_path: Path):
+    said: list[str] = []
+    controller = controller_of(write_sweep(tmp_path, space={"optimizer.lr": {"values": [NO_PLAN]}}), ALONE, said)
+    controller.run()
+    assert said[0] == "trial 0 cannot be planned (NotImplementedError: no plan of it), so that it is launched without"
+    assert controller.summary()["trials"][0]["state"] == "complete"
 
 
 def test_each_worker_has_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
