@@ -109,6 +109,48 @@ def test_a_sweep_that_is_killed_ends_and_its_best_trial_comes_again(tiny: TinyCh
     assert weights(tmp_path / "again") == weights(directory / best["directory"] / "run")
 
 
+@pytest.mark.slow
+def test_a_sweep_of_a_pipeline(tiny: TinyCheckpoint, tmp_path: Path) -> None:
+    short = {
+        "model.base": tiny.gemma,
+        "model.world.encoder": tiny.cosmos,
+        "training.max_steps": 2,
+        "training.global_batch_size": 8,
+        "training.micro_batch_size": 8,
+        "schedule.warmup_steps": 0,
+        "evaluation.max_samples": 8,
+        "evaluation.micro_batch_size": 8,
+        "data.num_workers": 0,
+    }
+    stages = [
+        {"config": str(ROOT / f"configs/quickstart/{name}.yaml"), "overrides": short}
+        for name in ("projection", "vision")
+    ]
+    (tmp_path / "pipeline.yaml").write_text(
+        yaml.safe_dump({"name": "short", "output_dir": "runs/short", "stages": stages})
+    )
+    sweep = {
+        "name": "chain",
+        "output_dir": "sweep",
+        "pipeline": "pipeline.yaml",
+        "space": {"stages.projection.trainable.world_projector.lr": {"values": [1e-4, 1e-2]}},
+        "search": "grid",
+        "metric": "eval/loss",
+        "direction": "minimize",
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    command("sweep", "run", "sweep.yaml", cwd=tmp_path)
+    summary = json.loads((tmp_path / "sweep/sweep.json").read_text())
+    assert [trial["state"] for trial in summary["trials"]] == ["complete"] * 2
+    assert len({trial["value"] for trial in summary["trials"]}) == 2
+    best = summary["trials"][summary["best"]]
+    directory = tmp_path / "sweep" / best["directory"]
+    assert best["value"] == last(directory / "run" / "vision")
+    command("run", str(directory / "config.yaml"), "output_dir=again", cwd=tmp_path)
+    assert last(tmp_path / "again" / "vision") == best["value"]
+    assert weights(tmp_path / "again" / "vision") == weights(directory / "run" / "vision")
+
+
 def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
