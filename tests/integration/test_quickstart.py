@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -43,6 +44,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schedule.warmup_steps": 2,
             "evaluation.max_samples": 16,
             "evaluation.micro_batch_size": 8,
+            "evaluation.max_new_tokens": 2,
+            "evaluation.metrics": {"digit": "numeric"},
             "data.num_workers": 0,
         }
     (directory / "short.yaml").write_text(yaml.safe_dump(pipeline))
@@ -55,9 +58,13 @@ def test_every_stage_trains_and_is_summarised(workplace: Path) -> None:
     assert [stage["name"] for stage in summary["stages"]] == list(STAGES)
     for stage in summary["stages"]:
         assert stage["steps"] == 4
-        assert stage["eval"]["samples"] == {"digit": 8, "direction": 8}
+        counts = {kind: group["samples"] for kind, group in stage["eval"]["kinds"].items()}
+        assert counts == {"digit": 8, "direction": 8}
+        assert stage["eval"]["total"]["correct"]["count"] == 16
         assert set(stage["ablations"]) == (set(ABLATIONS) if stage["name"] in ("projection", "full") else set())
-    assert "held-out accuracy by stage" in (workplace / "printed.txt").read_text()
+    printed = (workplace / "printed.txt").read_text()
+    assert "share of held-out answers correct, by stage" in printed
+    assert "share of held-out answers correct, with parts taken away (95% intervals)" in printed
 
 
 def test_measured_checkpoint_equals_the_run_that_wrote_it(workplace: Path) -> None:
@@ -65,7 +72,16 @@ def test_measured_checkpoint_equals_the_run_that_wrote_it(workplace: Path) -> No
     measured = [stage for stage in stages if stage["ablations"]]
     assert [stage["name"] for stage in measured] == ["projection", "full"]
     for stage in measured:
-        assert stage["ablations"]["as_trained"]["loss"] == pytest.approx(stage["eval"]["loss"], rel=1e-6)
+        again, whole = stage["ablations"]["as_trained"], stage["eval"]
+        assert again["total"]["loss"]["value"] == pytest.approx(whole["total"]["loss"]["value"], rel=1e-6)
+        assert [answer["answer"] for answer in again["answers"]] == [answer["answer"] for answer in whole["answers"]]
+    full = json.loads((workplace / "runs/quickstart/full/evaluation.json").read_text())
+    step = workplace / "runs/quickstart/full/step-4"
+    assert full["format"] == 1
+    assert (full["run"], full["max_new_tokens"], full["confidence"]) == ("full", 2, 0.95)
+    assert full["metrics"] == {"digit": {"metric": "numeric"}, "direction": {"metric": "exact"}}
+    digest = hashlib.sha256((step / "manifest.json").read_bytes()).hexdigest()
+    assert (full["checkpoint"]["step"], full["checkpoint"]["manifest_sha256"]) == (4, digest)
 
 
 def test_tower_trained_in_stage_two_stays_in_every_later_checkpoint(workplace: Path) -> None:

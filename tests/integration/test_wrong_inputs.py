@@ -322,8 +322,8 @@ def test_evaluate_needs_the_held_out_samples_alone(trained: dict[str, Path], tmp
     arguments = ["--ablation", "as_trained", "--samples", "2", "--json", str(file)]
     result = CliRunner().invoke(app, ["evaluate", str(trained["world"]), "data.eval.canvas=32", *arguments])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    measured = json.loads(file.read_text())["as_trained"]
-    assert sum(measured["samples"].values()) == 2
+    measured = json.loads(file.read_text())["ablations"]["as_trained"]
+    assert measured["total"]["samples"] == 2
     assert measured["dropped"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "nothing else is left behind"
 
@@ -340,9 +340,25 @@ def test_evaluate_tells_what_it_had_to_drop(trained: dict[str, Path], tmp_path: 
     arguments = ["--ablation", "as_trained", "--json", str(tmp_path / "results.json")]
     result = CliRunner().invoke(app, ["evaluate", str(trained["world"]), source, *arguments])
     assert result.exit_code == 0, f"{result.output}\n{result.exception!r}"
-    measured = json.loads((tmp_path / "results.json").read_text())["as_trained"]
-    assert (measured["samples"], measured["dropped"]) == ({"all": 1}, 1)
+    measured = json.loads((tmp_path / "results.json").read_text())["ablations"]["as_trained"]
+    assert (measured["kinds"]["all"]["samples"], measured["dropped"]) == (1, 1)
     assert "dropped" in result.output
+
+
+def test_metrics_that_do_not_fit_the_held_out_samples_are_refused(trained: dict[str, Path]) -> None:
+    kinds = "{digits: numeric, digit: numeric, direction: {metric: choice, choices: [north, south]}}"
+    arguments = ["evaluate", str(trained["world"]), "evaluation.max_new_tokens=2", f"evaluation.metrics={kinds}"]
+    said = failing(*arguments)
+    assert "evaluation.metrics.digits: no held-out sample is of this kind; did you mean 'digit'?" in said
+    assert "evaluation.metrics.direction" in said
+    assert "names none, or several, of the choices north, south" in said
+    assert "evaluation.metrics.digit:" not in said
+    assert "metrics are for generated answers: set max_new_tokens too" in failing(*arguments[:2], *arguments[3:])
+    wrong = "evaluation.metrics={digit: {metric: exact, tolerance: 1}, direction: {metric: choice}, other: exakt}"
+    said = failing(*arguments[:3], wrong)
+    assert "tolerance and relative_tolerance belong to the metric numeric" in said
+    assert "choices are needed by the metric choice, and by it alone" in said
+    assert "did you mean 'exact'?" in said
 
 
 def test_only_the_main_rank_prints_and_writes(

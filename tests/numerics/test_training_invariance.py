@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint
-from tests.numerics.worker_ddp import LABELLED, NODES, UNLABELLED, supervising
+from tests.numerics.worker_ddp import FOUND, LABELLED, MEASURE, NODES, UNLABELLED, supervising
 from theworld_train.assemble import run
 from theworld_train.assemble.model import load_model
 from theworld_train.config import dump_config, parse_run_config
-from theworld_train.config.schema import RunConfig
+from theworld_train.config.schema import ABLATIONS, RunConfig
 from theworld_train.data import Batching, TrainingOrder, open_source
+from theworld_train.evaluate.ablations import run_ablations
 from theworld_train.model.components import COMPONENT_PATHS
 from theworld_train.train.ledger import trainable_components
 from theworld_train.train.metrics import read_metrics
@@ -61,6 +63,9 @@ TRAINING: dict[str, Any] = {
     "loss_chunk_size": 64,
 }
 
+#: Seven samples in batches of two: the last batch of one of the ranks is padding in part.
+EVALUATION: dict[str, Any] = {"every_steps": 10, "max_samples": 7, "micro_batch_size": 2, "max_new_tokens": 2}
+
 Configure = Callable[..., RunConfig]
 Rows = list[dict[str, Any]]
 
@@ -89,8 +94,7 @@ def configure(small_model: TinyCheckpoint, conversations: Path) -> Configure:
                 "optimizer": {"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-6},
                 "schedule": {"warmup_steps": 10},
                 "training": TRAINING,
-                # Seven samples in batches of two: the last batch of one of the ranks is padding in part.
-                "evaluation": {"every_steps": 10, "max_samples": 7, "micro_batch_size": 2},
+                "evaluation": EVALUATION,
             }
             | sections
             | {"training": {**sections.get("training", TRAINING), "micro_batch_size": micro_batch_size}}
@@ -146,10 +150,12 @@ def assert_same_measurements(first: Path, second: Path) -> None:
     for one, other in zip(expected, actual, strict=True):
         assert one["samples"] == other["samples"]
         assert sum(one["samples"].values()) == 7
-        assert {key: value for key, value in one.items() if "accuracy" in key} == {
-            key: value for key, value in other.items() if "accuracy" in key
-        }
-        assert one["eval/loss"] == pytest.approx(other["eval/loss"], rel=1e-5)
+        losses = [key for key in one if key.startswith("eval/loss")]
+        shares = [key for key in one if key.startswith("eval/") and key not in losses]
+        assert {"eval/predicted", "eval/exact", "eval/normalized/clip", "eval/correct/text"} <= set(shares)
+        assert {key: one[key] for key in shares} == {key: other[key] for key in shares}
+        for key in losses:
+            assert one[key] == pytest.approx(other[key], rel=1e-5)
 
 
 # -- the data have what they are made for -----------------------------------------------------------------------------
@@ -212,14 +218,26 @@ def test_chunks_of_the_loss_and_checkpointing_change_nothing_either(
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
-def launch(directory: Path, configs: dict[str, RunConfig], *, ranks: int = 2, nodes: int = 1) -> None:
-    """Runs all configs on the ranks of one process group, which take themselves for those of several nodes."""
+def launch(
+    directory: Path,
+    configs: dict[str, RunConfig],
+    *,
+    ranks: int = 2,
+    nodes: int = 1,
+    measure: Path | None = None,
+) -> None:
+    """Runs all configs on the ranks of one process group, which take themselves for those of several nodes.
+
+    A checkpoint to `measure` is measured by them too, into `found.json`.
+    """
     for name, config in configs.items():
         (directory / f"{name}.yaml").write_text(dump_config(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     worker = str(Path(__file__).with_name("worker_ddp.py"))
     paths = [str(directory / f"{name}.yaml") for name in configs]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), NODES: str(nodes)}
+    if measure is not None:
+        environment |= {MEASURE: str(measure), FOUND: str(directory / "found.json")}
     result = subprocess.run(
         [*command, worker, *paths], env=environment, capture_output=True, text=True, timeout=400, check=False
     )
@@ -288,7 +306,8 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
     configs[UNLABELLED] = configure("full", tmp_path / UNLABELLED, 1, name=UNLABELLED, **one | runtime)
     still = {"lr": 1e-30, "weight_decay": 0.0}
     configs["still"] = short("still", 1, precision="bf16", optimizer=still, init_from=str(tmp_path / "straight"))
-    launch(tmp_path, configs)
+    launch(tmp_path, configs, measure=whole("full"))
+    assert_measured_alike(whole("full"), tmp_path / "found.json")
     for stage in STAGES:
         print(stage, end=": ")
         # Sharded, a norm is put together from parts, and rounds once more.
@@ -355,6 +374,22 @@ def rounded(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> P
     training = {**TRAINING, "max_steps": 6}
     train(configure("full", directory, 8, precision="bf16", training=training, schedule={"kind": "constant"}))
     return directory
+
+
+def assert_measured_alike(checkpoint: Path, found: Path) -> None:
+    """Makes sure that one process finds the same as several: to the last bit, and the same answers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in the ranks
+    try:
+        expected = run_ablations(checkpoint, ABLATIONS).to_dict()
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads(found.read_text()) == json.loads(json.dumps(expected))
+    for variant in expected["ablations"].values():
+        assert variant["total"]["samples"] == len(variant["answers"]) == 7
+        assert all(answer["answer"] is not None for answer in variant["answers"])
+    losses = {variant["total"]["loss"]["value"] for variant in expected["ablations"].values()}
+    assert len(losses) == len(ABLATIONS), "each ablation changes something"
 
 
 def assert_same_weights(config: RunConfig, first: Path, second: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trains several run configs one after the other on the ranks that torchrun has started.
+"""Trains several run configs one after the other on the ranks that torchrun has started, and may measure a checkpoint.
 
 Usage: torchrun --standalone --nproc_per_node=2 worker_ddp.py CONFIG...
 """
@@ -6,18 +6,22 @@ Usage: torchrun --standalone --nproc_per_node=2 worker_ddp.py CONFIG...
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import sys
 from collections.abc import Collection, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from theworld_train.train.stopping import end_with_parent
 
 #: Variable that says how many nodes the ranks are to take themselves for.
 NODES = "TEST_NODES"
+#: Variables that name a checkpoint to measure when all runs are done, and the file for what is found.
+MEASURE, FOUND = "TEST_MEASURE", "TEST_FOUND"
 #: Name of runs in which only samples of some kinds have labels.
 UNLABELLED = "unlabelled"
 LABELLED = ("clip",)
@@ -64,10 +68,22 @@ def main() -> None:
     for config in configs:
         with supervising(LABELLED) if config.name == UNLABELLED else nullcontext():
             train(config, Console(file=io.StringIO()))
+    if MEASURE in os.environ:
+        measure(Path(os.environ[MEASURE]), Path(os.environ[FOUND]))
     runtime = Runtime(configs[-1])
     assert runtime.world_size == int(os.environ["WORLD_SIZE"])
     check_timeouts(configs[-1].runtime.timeout_s)
     close(runtime)
+
+
+def measure(checkpoint: Path, file: Path) -> None:
+    """Has the main rank write what all of them find."""
+    from theworld_train.config.schema import ABLATIONS
+    from theworld_train.evaluate.ablations import run_ablations
+
+    found = run_ablations(checkpoint, ABLATIONS).to_dict()
+    if os.environ["RANK"] == "0":
+        file.write_text(json.dumps(found))
 
 
 def check_timeouts(seconds: int) -> None:

@@ -21,16 +21,20 @@ from theworld_train.data import (
     MixtureOrder,
     Order,
     Source,
+    UnreadableSampleError,
     check_budget,
     check_rows,
     open_source,
+    question_of,
     read_exclusions,
     training_order,
 )
+from theworld_train.data.source import MAX_PROBLEMS
 from theworld_train.model import TheWorldProcessor
 from theworld_train.model.world_encoder import read_vae_config
 from theworld_train.train.gates import Gates
 from theworld_train.train.metrics import missing_trackers
+from theworld_train.train.scoring import unscorable
 
 #: Tokens of text that fit beside the largest image or clip where `data.max_sequence_length` is not set.
 DEFAULT_TEXT = 2048
@@ -95,6 +99,7 @@ def open_inputs(config: RunConfig, *, allow_wrong_rows: bool = False) -> Inputs:
     found = [*missing_trackers(config.tracking.trackers), *check.refusals(allowed)]
     collator = _check_inputs(config, sources, [*found, *_held_out_problems(held_out)])
     if held_out is not None:
+        check_metrics(config, held_out)
         _check_gates(config, held_out)
     order = training_order(config.data.train, train, config.seed, config.training.global_batch_size)
     _check_capacity(config, order, len(train))
@@ -111,7 +116,9 @@ def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
     """
     assert config.data.eval is not None
     held_out = open_source(config.data.eval)
-    return EvaluationInputs(_check_inputs(config, [held_out], _held_out_problems(held_out)), held_out)
+    collator = _check_inputs(config, [held_out], _held_out_problems(held_out))
+    check_metrics(config, held_out)
+    return EvaluationInputs(collator, held_out)
 
 
 def _held_out_problems(held_out: Source | None) -> list[Problem]:
@@ -134,6 +141,40 @@ def _check_gates(config: RunConfig, held_out: Source) -> None:
         )
         for metric, kind in read.items()
         if kind not in kinds
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_metrics(config: RunConfig, held_out: Source) -> None:
+    """Makes sure that `evaluation.metrics` fits the held-out samples that are measured.
+
+    Raises:
+        ConfigError: With every kind that none of them is of, and the first references that its metric cannot score.
+    """
+    section = config.evaluation
+    if not section.metrics:
+        return
+    most = section.max_samples
+    problems: list[Problem] = []
+    seen: dict[str, None] = {}
+    for index in range(len(held_out) if most is None else min(most, len(held_out))):
+        try:
+            sample = held_out.outline(index)
+        except UnreadableSampleError:
+            continue  # it is left out, and counted
+        seen[sample.kind] = None
+        metric, expected = section.metrics.get(sample.kind), question_of(sample).expected
+        reason = None if metric is None else unscorable(metric, expected)
+        if reason is not None and len(problems) < MAX_PROBLEMS:
+            key = f"evaluation.metrics.{sample.kind}"
+            problems.append(Problem(f"the expected answer {reason}", source=sample.id, key=key, value=expected))
+    problems += [
+        Problem(
+            "no held-out sample is of this kind", key=f"evaluation.metrics.{kind}", hint=did_you_mean(kind, [*seen])
+        )
+        for kind in section.metrics
+        if kind not in seen
     ]
     if problems:
         raise ConfigError(problems)

@@ -211,6 +211,7 @@ def _train(
         first_step=inheritance.step,
         windows=ready.windows,
         held_out=None if inputs.held_out is None else lambda: held_out_batches(config, ready.inputs, runtime),
+        decode=inputs.processor.decode_answer,
         save=saver,
         quarantine=Quarantine(directory / QUARANTINE_FILE if runtime.is_main else None, config.data.max_bad_samples),
         metrics=metrics,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,10 +31,12 @@ def evaluate(
 ) -> None:
     """Measure a checkpoint on its run's held-out split, with the ablations.
 
-    Of the run's data only `data.eval` is read. Another file is measured with `data.eval.path=other.jsonl`.
+    Of the run's data only `data.eval` is read. Another file is measured with `data.eval.path=other.jsonl`. Answers are
+    generated if `evaluation.max_new_tokens` is set; `evaluation.metrics.<kind>` says when one is correct. Under
+    `accelerate launch -m theworld_train evaluate ...` all processes share the samples; the numbers stay the same.
 
     Example:
-        theworld-train evaluate runs/quickstart/full --ablation as_trained --ablation world_masked
+        theworld-train evaluate runs/quickstart/full --ablation as_trained evaluation.max_new_tokens=8 --json full.json
     """
     from theworld_train.cli.ranks import is_main_rank, offline, quiet_other_ranks
     from theworld_train.config.errors import ConfigError
@@ -59,10 +61,10 @@ def evaluate(
     if is_main_rank():
         from theworld_train.cli.tables import ablation_table, output
 
-        results: dict[str, dict[str, Any]] = {name: result.to_dict() for name, result in measured.items()}
-        output().print(ablation_table({f"{config.name}/{path.name}": results}))
+        found = measured.to_dict()
+        output().print(ablation_table({f"{config.name}/{path.name}": found["ablations"]}))
         if json_file is not None:
-            _write_json(json_file, results)
+            _write_json(json_file, found)
 
 
 def _chosen_ablations(names: list[str]) -> list[Ablation]:

@@ -11,9 +11,8 @@ from theworld_train.config.section import NonNegativeFloat, PositiveInt, Section
 
 #: Metrics of a step that gates read; those of time differ from run to run and would end no two of them alike.
 TRAIN_METRICS = ("train/loss", "train/grad_norm")
-#: What an evaluation measures over all samples, and what it measures by kind of question (`<metric>/<kind>`).
-EVAL_METRICS = ("eval/loss", "eval/accuracy/total")
-EVAL_METRICS_BY_KIND = ("eval/accuracy",)
+#: What an evaluation measures, over all samples or by kind of question (`<metric>/<kind>`).
+EVAL_METRICS = tuple(f"eval/{quantity}" for quantity in ("loss", "predicted", "exact", "normalized", "correct"))
 
 
 def reads_evaluation(metric: str) -> bool:
@@ -24,14 +23,14 @@ def reads_evaluation(metric: str) -> bool:
 def kind_of(metric: str) -> str | None:
     """Returns the kind of question that a metric is about; None for all samples."""
     quantity, _, kind = metric.rpartition("/")
-    return kind if metric not in EVAL_METRICS and quantity in EVAL_METRICS_BY_KIND else None
+    return kind if quantity in EVAL_METRICS else None
 
 
 def _known(metric: str) -> str:
     known = (*TRAIN_METRICS, *EVAL_METRICS)
     if metric in known or kind_of(metric):
         return metric
-    hint = did_you_mean(metric, [*known, *(f"{name}/<kind>" for name in EVAL_METRICS_BY_KIND)])
+    hint = did_you_mean(metric, [*known, *(f"{name}/<kind>" for name in EVAL_METRICS)])
     raise ValueError(f"no gate can read a metric {metric!r}; {hint}")
 
 
@@ -42,7 +41,7 @@ class Plateau(Section):
     """A metric that has stopped improving."""
 
     metric: Metric
-    """Name as in `metrics.jsonl`, such as `eval/loss`, `eval/accuracy/total` or `train/loss`."""
+    """Name as in `metrics.jsonl`, such as `eval/loss`, `eval/predicted/digit` or `train/loss`."""
     mode: Literal["min", "max"]
     """Whether lower (`min`) or higher (`max`) is better."""
     patience: PositiveInt

@@ -252,8 +252,48 @@ class TrainingSection(Section):
         return self
 
 
+AnswerMetricName = Literal["exact", "normalized", "choice", "numeric"]
+
+
+class AnswerMetric(Section):
+    """When a generated answer is correct; the name of a metric alone stands for it without options."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"type": ["object", "string"], "pattern": f"^({'|'.join(get_args(AnswerMetricName))})$"}
+    )
+
+    metric: AnswerMetricName
+    """`exact`: equal to the expected one but for white space around it; `normalized`: equal without case, punctuation,
+    articles and spare white space, as in SQuAD; `choice`: names the expected one of `choices`, and no other; `numeric`:
+    holds one number, and that is near enough to the expected one."""
+    choices: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """What there is to choose from, such as [A, B, C, D] or [left, right]; `choice` needs it."""
+    tolerance: NonNegativeFloat | None = None
+    """Largest difference of a `numeric` answer; 0 if absent."""
+    relative_tolerance: NonNegativeFloat | None = None
+    """The same as a share of the expected number, such as 0.05; the larger of both counts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_word(cls, value: object) -> object:
+        if isinstance(value, dict) and isinstance(value.get("choices"), list):
+            # What a validator has returned is no longer taken for JSON, where lists are tuples.
+            return {**value, "choices": tuple(value["choices"])}
+        return {"metric": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_options(self) -> AnswerMetric:
+        if bool(self.choices) != (self.metric == "choice"):
+            raise ValueError("choices are needed by the metric choice, and by it alone")
+        if self.choices and len(set(self.choices)) < max(2, len(self.choices)):
+            raise ValueError("choices have to be two at least, and different ones")
+        if self.metric != "numeric" and (self.tolerance is not None or self.relative_tolerance is not None):
+            raise ValueError("tolerance and relative_tolerance belong to the metric numeric")
+        return self
+
+
 class EvaluationSection(Section):
-    """When the held-out split is measured."""
+    """When and how the held-out split is measured."""
 
     every_steps: PositiveInt | None = None
     """Interval in optimizer steps; only at the end if absent."""
@@ -261,6 +301,19 @@ class EvaluationSection(Section):
     """Samples measured; all if absent."""
     micro_batch_size: PositiveInt | None = None
     """Samples that one rank measures at once; `training.micro_batch_size` if absent."""
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer that is generated, greedily, in the place of each sample's last assistant turn; nothing is
+    generated if absent, which takes less time."""
+    metrics: dict[Annotated[str, Field(min_length=1)], AnswerMetric] = {}  # noqa: RUF012 (pydantic copies defaults)
+    """Of a kind of question (`kind` of the rows), when a generated answer is correct; `exact` for other kinds."""
+    keep_answers: NonNegativeInt = 8
+    """Samples of each kind whose answers `evaluate --json` writes down."""
+
+    @model_validator(mode="after")
+    def _check_generation(self) -> EvaluationSection:
+        if self.metrics and self.max_new_tokens is None:
+            raise ValueError("metrics are for generated answers: set max_new_tokens too")
+        return self
 
 
 class CheckpointSection(Section):

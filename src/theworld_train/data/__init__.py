@@ -25,7 +25,16 @@ from theworld_train.data.loader import (
 )
 from theworld_train.data.mixture import MixedSource, MixtureOrder, part_ends, part_sizes, parts_of
 from theworld_train.data.order import Groups, Order, TrainingOrder, accumulation_steps
-from theworld_train.data.source import ExcludedSampleError, MediaError, Sample, Source, UnreadableSampleError
+from theworld_train.data.source import (
+    ExcludedSampleError,
+    MediaError,
+    MediaPart,
+    Question,
+    Sample,
+    Source,
+    UnreadableSampleError,
+    question_of,
+)
 from theworld_train.data.workers import in_workers
 
 __all__ = [
@@ -38,9 +47,11 @@ __all__ = [
     "ExcludedSampleError",
     "ExcludingSource",
     "MediaError",
+    "MediaPart",
     "MixedSource",
     "MixtureOrder",
     "Order",
+    "Question",
     "Sample",
     "Source",
     "TrainingOrder",
@@ -56,6 +67,7 @@ __all__ = [
     "open_source",
     "part_ends",
     "part_sizes",
+    "question_of",
     "read_exclusions",
     "training_batches",
     "training_order",

@@ -9,16 +9,17 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from theworld_train.batch import Batch, FlatBatch
+from theworld_train.batch import Batch, EncodedSample, FlatBatch
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.batching import Batching, MicroBatch, Place
 from theworld_train.data.collator import Collator, Encoded
 from theworld_train.data.mixture import part_ends
 from theworld_train.data.order import EvaluationSlot, Order, evaluation_micro_batches
-from theworld_train.data.source import ExcludedSampleError, Source, UnreadableSampleError
+from theworld_train.data.source import ExcludedSampleError, Question, Sample, Source, UnreadableSampleError, question_of
 from theworld_train.data.workers import in_workers
 
 #: Samples in a row that may turn out unusable before the run stops.
@@ -67,11 +68,15 @@ class EvaluationBatch:
         batch: The batch.
         counted: Of each sample, whether it counts; False for padding and for replacements of unusable samples.
         dropped: Unusable samples that were to count here; the held-out split is measured without them.
+        indices: Of each sample, its index in the source; that of the sample it replaces, where it does not count.
+        questions: Of each sample, what it asks.
     """
 
     batch: Batch
     counted: tuple[bool, ...]
     dropped: tuple[Dropped, ...]
+    indices: tuple[int, ...] = ()
+    questions: tuple[Question, ...] = ()
 
 
 def training_batches(
@@ -144,7 +149,8 @@ def evaluation_batches(
     """
     slots = evaluation_micro_batches(min(num_samples, len(source)), rank, world_size, micro_batch_size)
     requests = [tuple((Place(slot.index, collator.max_length),) for slot in batch) for batch in slots]
-    loaded = _load(_MicroBatches(source, collator), requests, min(num_workers, len(requests)), pin_memory)
+    dataset = _MicroBatches(source, collator, asks=True)
+    loaded = _load(dataset, requests, min(num_workers, len(requests)), pin_memory)
     return _evaluations(loaded, slots)
 
 
@@ -203,12 +209,14 @@ class _Loaded:
     """What a worker made of one micro-batch: the batch, or the error that this process raises in its stead.
 
     A `ConfigError` travels as a value, since the loader would wrap it in a worker's traceback. `dropped` holds, for
-    each sample of the batch, the one that was due there and those that failed in its stead; mostly none.
+    each sample of the batch, the one that was due there and those that failed in its stead; mostly none. `questions`
+    are those of the samples, for evaluations alone.
     """
 
     flat: FlatBatch | None
     dropped: tuple[tuple[Dropped, ...], ...] = ()
     trimmed: int = 0
+    questions: tuple[Question, ...] = ()
     error: ConfigError | None = None
 
     def pin_memory(self) -> _Loaded:
@@ -218,8 +226,11 @@ class _Loaded:
 class _MicroBatches(Dataset[_Loaded]):
     """Loads a micro-batch, given the places of its samples."""
 
-    def __init__(self, source: Source, collator: Collator, lengths: NDArray[np.int32] | None = None) -> None:
+    def __init__(
+        self, source: Source, collator: Collator, lengths: NDArray[np.int32] | None = None, *, asks: bool = False
+    ) -> None:
         self._source = source
+        self._asks = asks
         self._collator = collator
         self._lengths = lengths
         self._ends = part_ends(source)
@@ -242,7 +253,8 @@ class _MicroBatches(Dataset[_Loaded]):
                 assert pair is not None
                 loaded[-1].append(pair)
         trimmed = sum(encoded.trimmed > 0 for row in loaded for _, encoded in row)
-        return _Loaded(self._collator.collate(loaded).flatten(), tuple(dropped), trimmed)
+        questions = tuple(_last_question(*pair) for row in loaded for pair in row) if self._asks else ()
+        return _Loaded(self._collator.collate(loaded).flatten(), tuple(dropped), trimmed, questions)
 
     def _usable(self, place: Place) -> tuple[Encoded | None, tuple[Dropped, ...]]:
         """Returns the first usable sample from a place's index on that fits its room, and the unusable before it.
@@ -286,6 +298,12 @@ class _MicroBatches(Dataset[_Loaded]):
         return itertools.islice(following, MAX_REPLACEMENTS)
 
 
+def _last_question(sample: Sample, encoded: EncodedSample) -> Question:
+    """Returns what a sample asks last, as far as it was not cut off."""
+    begins = torch.nn.functional.pad(encoded.supervised, (1, 0))[:-1] < encoded.supervised
+    return question_of(sample, int(begins.sum()) - 1)
+
+
 def _load(
     dataset: _MicroBatches, requests: Iterable[MicroBatch], num_workers: int, pin_memory: bool
 ) -> Generator[_Loaded, None, None]:
@@ -318,6 +336,7 @@ def _evaluations(
             counted = tuple(slot.counted and not dropped for slot, dropped in places)
             # Only the first is missed here: those that failed in its stead have places of their own.
             missed = tuple(dropped[0] for slot, dropped in places if slot.counted and dropped)
-            yield EvaluationBatch(part.flat.batch(), counted, missed)
+            indices = tuple(slot.index for slot in batch_slots)
+            yield EvaluationBatch(part.flat.batch(), counted, missed, indices, part.questions)
     finally:
         loaded.close()

@@ -49,6 +49,58 @@ class Finding:
     sample_id: str = ""
 
 
+@dataclass(frozen=True)
+class MediaPart:
+    """Where a sample has an image or a clip.
+
+    Attributes:
+        type: `image` or `video`.
+        message: Index of the message.
+        part: Index of the part in its content.
+    """
+
+    type: str
+    message: int
+    part: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a sample asks, and the answer that is expected.
+
+    Attributes:
+        text: The text of the user turn.
+        expected: The text of the assistant turn after it.
+        media: The images and clips of all turns before that answer.
+    """
+
+    text: str
+    expected: str
+    media: tuple[MediaPart, ...]
+
+
+def question_of(sample: Sample, turn: int = -1) -> Question:
+    """Returns what a sample asks.
+
+    Args:
+        sample: The sample.
+        turn: Which of its assistant turns is the answer; the last one unless told otherwise.
+    """
+    last = [index for index, message in enumerate(sample.messages) if message["role"] == "assistant"][turn]
+    media = [
+        MediaPart(part["type"], number, place)
+        for number, message in enumerate(sample.messages[:last])
+        for place, part in enumerate(message["content"])
+        if part["type"] != "text"
+    ]
+    return Question(_text_of(sample.messages[last - 1]), _text_of(sample.messages[last]), tuple(media))
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    """Returns the texts of a message, each trimmed as the chat template does it."""
+    return "".join(part["text"].strip() for part in message["content"] if part["type"] == "text")
+
+
 class Source(Protocol):
     """A fixed number of samples, each a pure function of its index."""
 

@@ -5,22 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from theworld_train.accounting.intervals import CONFIDENCE
 from theworld_train.assemble.inputs import EvaluationInputs, open_evaluation_inputs, open_processor
 from theworld_train.assemble.model import load_model, move
 from theworld_train.assemble.run import held_out_batches, load_run
+from theworld_train.checkpoint_files import checkpoint_step, origin_of
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import Ablation, GradientCheckpointing, RunConfig
 from theworld_train.data import Collator, EvaluationBatch
-from theworld_train.train.evaluation import EvaluationResult, EvaluationTally, in_step, score
+from theworld_train.train.evaluation import DEFAULT_METRIC, EvaluationResult, EvaluationTally, Evaluator, in_step
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import Features, StageModule
 
+#: Version of the JSON that a measurement is written as.
+FORMAT = 1
 #: What each ablation does, for people.
 DESCRIPTIONS: dict[Ablation, str] = {
     "as_trained": "as trained",
@@ -31,18 +36,53 @@ DESCRIPTIONS: dict[Ablation, str] = {
 }
 
 
-def run_ablations(
-    checkpoint: Path, ablations: Sequence[Ablation], overrides: Sequence[str] = ()
-) -> dict[Ablation, EvaluationResult]:
+@dataclass(frozen=True)
+class Measurement:
+    """A checkpoint that was measured.
+
+    Attributes:
+        config: The config of its run, as it was measured.
+        checkpoint: The checkpoint.
+        results: The result of each variant.
+    """
+
+    config: RunConfig
+    checkpoint: Path
+    results: dict[Ablation, EvaluationResult]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the measurement as JSON-ready values; decision 15 tells the format."""
+        section, data = self.config.evaluation, self.config.data.eval
+        assert data is not None
+        kinds = dict.fromkeys(kind for result in self.results.values() for kind in result.kinds)
+        metrics = {kind: section.metrics.get(kind, DEFAULT_METRIC) for kind in kinds}
+        return {
+            "format": FORMAT,
+            "run": self.config.name,
+            "checkpoint": {
+                "path": str(self.checkpoint),
+                "step": checkpoint_step(self.checkpoint.resolve()),
+                "manifest_sha256": origin_of(self.checkpoint).manifest_sha256,
+            },
+            "data": data.model_dump(mode="json"),
+            "max_new_tokens": section.max_new_tokens,
+            "confidence": CONFIDENCE,
+            "metrics": {
+                kind: metric.model_dump(mode="json", exclude_defaults=True) for kind, metric in metrics.items()
+            },
+            "ablations": {
+                name: {"description": DESCRIPTIONS[name], **result.to_dict()} for name, result in self.results.items()
+            },
+        }
+
+
+def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Sequence[str] = ()) -> Measurement:
     """Measures a checkpoint on its run's held-out split.
 
     Args:
         checkpoint: A checkpoint, or a run directory, whose newest one is taken.
         ablations: Variants to measure.
         overrides: `key=value` texts for the run's config, such as `data.eval.path=other.jsonl`.
-
-    Returns:
-        The result of each variant.
 
     Raises:
         ConfigError: If the run has no held-out split, or an ablation has no meaning for its model.
@@ -63,27 +103,29 @@ def run_ablations(
             gradient_checkpointing=GradientCheckpointing.everywhere("none"),
         )
         move(model, runtime.device)
-        return _measure(config, inputs, stage, runtime, ablations)
+        return Measurement(config, path, _measure(config, inputs, stage, runtime, ablations))
 
 
 def _measure(
     config: RunConfig, inputs: EvaluationInputs, stage: StageModule, runtime: Runtime, ablations: Sequence[Ablation]
 ) -> dict[Ablation, EvaluationResult]:
     """Measures all variants; those that share a prompt share the data and the frozen encoders' work."""
-    tallies = {ablation: EvaluationTally() for ablation in ablations}
+    tallies = {ablation: EvaluationTally(config.evaluation) for ablation in ablations}
+    evaluator = Evaluator(stage, stage, runtime, config.evaluation, inputs.processor.decode_answer)
+    stage.eval()
     with_world = [ablation for ablation in ablations if ablation != "world_disabled"]
     fresh = _fresh_projector(stage, config.seed) if "untrained_projection" in with_world else {}
     if with_world:
         for item, features, chunks in _encoded(config, inputs, stage, runtime):
             for ablation in with_world:
                 with _ablated(stage, item, features, ablation, fresh) as (changed, encoded):
-                    score(stage, stage, changed, encoded, chunks, tallies[ablation])
+                    evaluator.score(changed, encoded, chunks, tallies[ablation])
     if "world_disabled" in ablations:
         collator = inputs.collator
         encoder = open_processor(config, enable_world=False)
         plain = replace(inputs, collator=Collator(encoder, collator.max_length, too_long=collator.too_long))
         for item, features, chunks in _encoded(config, plain, stage, runtime):
-            score(stage, stage, item, features, chunks, tallies["world_disabled"])
+            evaluator.score(item, features, chunks, tallies["world_disabled"])
     return {ablation: tally.result(runtime) for ablation, tally in tallies.items()}
 
 

@@ -86,4 +86,4 @@ def answer(source: AnsweringModel, content: list[dict[str, Any]], *, max_new_tok
         raise ConfigError(str(error)) from error
     inputs = inputs.to(device)
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return str(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return processor.decode_answer(output[0, inputs["input_ids"].shape[1] :].tolist())

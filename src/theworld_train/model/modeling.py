@@ -207,11 +207,14 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, **kwargs: Any
+        self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Passes the world blocks on with the prompt, and not with the tokens generated after it."""
+        """Passes the world blocks on with the prompt, and not with the tokens generated after it.
+
+        A prompt may also come as `inputs_embeds`: `generate` allows it to what names that parameter.
+        """
         first = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if not first:
             for name in _WORLD_INPUTS:
                 inputs.pop(name, None)

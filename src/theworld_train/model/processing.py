@@ -269,6 +269,10 @@ class TheWorldProcessor(Gemma3Processor):
         fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in _frames(visual)]
         return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
+    def decode_answer(self, tokens: Sequence[int]) -> str:
+        """Returns the text of generated tokens, without those that end a turn or fill a row."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
     # -- the idioms of transformers ---------------------------------------------------------------------------------
 
     def __call__(

@@ -194,6 +194,6 @@ def summarise(pipeline: PipelineConfig, plans: Sequence[StagePlan]) -> dict[str,
             stages.append(entry | {"state": state})
             continue
         evaluation = plan.directory / EVALUATION_FILE
-        ablations = json.loads(evaluation.read_text()) if evaluation.is_file() else {}
+        ablations = json.loads(evaluation.read_text())["ablations"] if evaluation.is_file() else {}
         stages.append(entry | {"state": "complete"} | result | {"ablations": ablations})
     return {"pipeline": pipeline.name, "stages": stages}

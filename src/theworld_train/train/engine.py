@@ -16,7 +16,14 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -153,6 +160,7 @@ class ShardedEngine:
             own = stored if isinstance(unit, WorldEncoder) else policy
             fully_shard(unit, mesh=mesh, mp_policy=own, offload_policy=offload)
         fully_shard(stage, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        register_fsdp_forward_method(stage, "generate")
         self.wrapped: nn.Module = stage
         self._ranks = torch.distributed.get_world_size()
         self.optimizer = make_optimizer()

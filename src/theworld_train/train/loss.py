@@ -23,11 +23,13 @@ class LossOutput(NamedTuple):
         loss_sum: Cross entropy in nats, summed over the supervised tokens of this batch.
         predictions: `(supervised tokens,)` the most likely token at each supervised position, if asked for.
         logits: `(batch, sequence, vocabulary)` in fp32, of `reference_loss` alone, whose output holds them.
+        token_losses: `(supervised tokens,)` fp32, the loss of each, if predictions are asked for.
     """
 
     loss_sum: Tensor
     predictions: Tensor | None
     logits: Tensor | None = None
+    token_losses: Tensor | None = None
 
 
 def num_chunks(num_supervised: int, chunk_size: int) -> int:
@@ -65,12 +67,12 @@ def supervised_loss(
         chunks: Chunks to compute, at least as many as needed; surplus ones are empty. All ranks pass the same number.
         places: `(positions,)` where in the sequence the hidden states are, if they are not all of it.
         never_generated: Ids that generation suppresses, which therefore cannot be predictions.
-        want_predictions: Whether to return predictions.
+        want_predictions: Whether to return predictions, and the loss of each token.
         frozen_head: Whether the head has no gradient and is not gathered by an engine, whose hooks belong to backward
             passes.
 
     Returns:
-        The summed loss and, if asked for, the predictions in row-major order of the supervised positions.
+        The summed loss and, if asked for, predictions and losses in row-major order of the supervised positions.
     """
     targets = next_tokens(labels) if places is None else next_tokens(labels)[:, places]
     supervised = targets != IGNORE_INDEX
@@ -82,7 +84,8 @@ def supervised_loss(
 
     def compute(part: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(part).float()
-        loss = functional.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
+        reduction = "none" if want_predictions else "sum"
+        loss = functional.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction=reduction)
         if not want_predictions:
             return loss, target
         if never_generated:
@@ -93,8 +96,7 @@ def supervised_loss(
     for index in range(chunks):
         part = states[index * chunk_size : (index + 1) * chunk_size]
         target = targets[index * chunk_size : (index + 1) * chunk_size]
-        empty = not len(part)
-        if empty:
+        if not len(part):
             # Keeps the graph, and the number of calls, equal on every rank; adds a loss of zero.
             part, target = hidden[:1, 0] * 0.0, labels.new_full((1,), IGNORE_INDEX)
         if chunks > 1 and torch.is_grad_enabled():
@@ -102,10 +104,12 @@ def supervised_loss(
         else:
             loss, predicted = compute(part, target)
         losses.append(loss)
-        if not empty:
-            predictions.append(predicted)
-    predicted_all = torch.cat(predictions) if predictions else targets
-    return LossOutput(torch.stack(losses).sum(), predicted_all if want_predictions else None)
+        predictions.append(predicted)
+    if not want_predictions:
+        return LossOutput(torch.stack(losses).sum(), None)
+    token_losses = torch.cat(losses)  # those of empty chunks are zero, and at the end
+    number = len(targets)
+    return LossOutput(token_losses.sum(), torch.cat(predictions)[:number], token_losses=token_losses[:number])
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -200,6 +200,42 @@ class StageModule(nn.Module):
                 frozen_head=not self.lockstep and not model.lm_head.weight.requires_grad,
             )
 
+    @torch.no_grad()
+    def generate(
+        self, batch: Batch, features: Features, rows: Sequence[int], ends: Sequence[int], max_new_tokens: int
+    ) -> Tensor:
+        """Continues the beginnings of some rows greedily, as `forward` would predict them token by token.
+
+        Args:
+            batch: Rows of one sample each, padded on the right.
+            features: What `encode` made of it.
+            rows: Which rows; where engines gather weights every rank calls it, with one row at least.
+            ends: Of each of these rows, how many of its tokens are the beginning.
+            max_new_tokens: Most tokens that a row is continued by.
+
+        Returns:
+            `(len(rows), new tokens)`, padded behind the token that ends a turn.
+        """
+        model, device = self.model, batch.input_ids.device
+        longest = max(ends)
+        # Rows end together, so that what is generated is behind all of them.
+        offset = torch.tensor([longest - end for end in ends], device=device)[:, None]
+        place = torch.arange(longest, device=device)[None, :] - offset
+        real, place = place >= 0, place.clamp(min=0)
+        row = torch.tensor(list(rows), device=device)[:, None]
+        with self._autocast(device):
+            embeds = self._embed(batch, features).to(self._dtype)
+            tokens: Tensor = model.generate(
+                inputs_embeds=embeds[row, place],
+                attention_mask=batch.attention_mask[row, place] * real,
+                position_ids=place,
+                token_type_ids=batch.token_type_ids[row, place] * real,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                synced_gpus=self.lockstep,
+            )
+        return tokens
+
     def _layout(self, batch: Batch) -> SequenceLayout | None:
         """Returns what the attention of the language model takes in the place of a mask, or None if it takes masks."""
         config: Any = self.model.config.text_config

@@ -20,7 +20,7 @@ from theworld_train.data import Dropped, EvaluationBatch, Window, accumulation_s
 from theworld_train.model.components import Input
 from theworld_train.train.checkpoint import Saver, random_state
 from theworld_train.train.engine import Engine
-from theworld_train.train.evaluation import EvaluationResult, evaluate
+from theworld_train.train.evaluation import Decode, EvaluationResult, evaluate, summary_line
 from theworld_train.train.freeze import FreezingCheck, refuse_violations
 from theworld_train.train.gates import ALL_STEPS, Ending, Gates
 from theworld_train.train.groups import has_stepped, set_rates
@@ -129,6 +129,7 @@ class Trainer:
         windows: Callable[[int, int], Generator[Window, None, None]],
         quarantine: Quarantine,
         held_out: Callable[[], Generator[EvaluationBatch, None, None]] | None = None,
+        decode: Decode | None = None,
         save: Saver | None = None,
         metrics: MetricsFile | None = None,
         progress: ProgressDisplay | None = None,
@@ -147,6 +148,7 @@ class Trainer:
             windows: Given a first step and a number, this rank's share of the optimizer steps.
             quarantine: Takes in the samples that could not be used.
             held_out: This rank's share of the held-out batches, if there are any.
+            decode: Turns generated tokens into text; needed if answers are generated.
             save: Writes checkpoints, if any are to be kept.
             metrics: The metrics file, on the main rank.
             progress: The display, on the main rank.
@@ -161,6 +163,7 @@ class Trainer:
         self._first_step = first_step
         self._windows = windows
         self._held_out = held_out
+        self._decode = decode
         self._save = save
         self._quarantine = quarantine
         self._metrics = metrics
@@ -442,17 +445,17 @@ class Trainer:
         if self._held_out is None:
             return
         self._runtime.enter("evaluating", done)
-        result = evaluate(self._stage, self._engine.wrapped, self._held_out(), self._runtime)
+        section = self._config.evaluation
+        result = evaluate(self._stage, self._engine.wrapped, self._held_out(), self._runtime, section, self._decode)
         values = result.metrics()
         self._evaluation, self._evaluated = result, done
         self._gates.refuse_unknown(values)
         self._observe(values, done)
         if self._metrics is not None:
-            self._metrics.write("eval", done, {**values, "samples": dict(result.samples)})
+            counts = {kind: group.samples for kind, group in result.kinds.items()}
+            self._metrics.write("eval", done, {**values, "samples": counts})
         self._runtime.track(values, done)
-        shown = "  ".join(f"{kind} {value:.1%}" for kind, value in result.accuracy.items())
-        dropped = f"  ({result.dropped} samples left out)" if result.dropped else ""
-        self._say(f"held out after step {done}: loss {result.loss:.4f}  accuracy {shown}{dropped}")
+        self._say(f"held out after step {done}: {summary_line(result)}")
 
     def _checkpoint(self, done: int) -> None:
         if self._save is None:

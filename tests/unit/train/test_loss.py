@@ -166,6 +166,9 @@ def test_predictions_are_the_most_likely_tokens_in_order(
     expected = logits.argmax(-1)[labels[:, 1:] != -100]
     assert output.predictions is not None
     assert output.predictions.tolist() == expected.tolist()
+    places = labels[:, 1:] != -100
+    losses = functional.cross_entropy(logits[places], labels[:, 1:][places], reduction="none")
+    torch.testing.assert_close(output.token_losses, losses)
 
 
 def test_predictions_leave_out_what_is_never_generated(hidden: Tensor, labels: Tensor, head: CountingHead):
