@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -37,10 +38,12 @@ def closure(function: Any) -> Any:
 @pytest.mark.parametrize(
     ("function", "names"),
     [
-        (Accelerator.__init__, "cpu mixed_precision gradient_accumulation_steps log_with project_dir kwargs_handlers"),
+        (Accelerator.__init__, "cpu mixed_precision gradient_accumulation_steps kwargs_handlers"),
         (Accelerator.prepare_model, "model"),
-        (closure(Accelerator.init_trackers), "project_name config init_kwargs"),
-        (closure(Accelerator.log), "values step"),
+        (LOGGER_TYPE_TO_CLASS["tensorboard"].__init__, "run_name logging_dir kwargs"),
+        (LOGGER_TYPE_TO_CLASS["wandb"].__init__, "run_name kwargs"),
+        (LOGGER_TYPE_TO_CLASS["trackio"].__init__, "run_name kwargs"),
+        (LOGGER_TYPE_TO_CLASS["mlflow"].__init__, "experiment_name run_id run_name"),
         (Accelerator.end_training, ""),
         (InitProcessGroupKwargs.__init__, "backend timeout"),
         (DistributedDataParallelKwargs.__init__, "gradient_as_bucket_view"),
@@ -50,10 +53,17 @@ def test_what_we_call_takes_what_we_pass(function: Any, names: str):
     assert set(names.split()) <= inspect.signature(function).parameters.keys()
 
 
-def test_ending_destroys_the_group_and_finishes_trackers():
-    source = inspect.getsource(Accelerator.end_training)
-    assert "tracker.finish()" in source
-    assert "destroy_process_group" in source
+def test_ending_destroys_the_group():
+    assert "destroy_process_group" in inspect.getsource(Accelerator.end_training)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
+def test_trackers_are_started_told_and_ended_in_the_same_way(name: str):
+    tracker = LOGGER_TYPE_TO_CLASS[name]
+    assert {"values", "step"} <= inspect.signature(closure(tracker.log)).parameters.keys()
+    assert {"values"} <= inspect.signature(closure(tracker.store_init_configuration)).parameters.keys()
+    for method in (tracker.start, tracker.finish):
+        assert set(inspect.signature(closure(method)).parameters) == {"self"}
 
 
 def test_no_engine_is_made_where_none_is_asked_for():

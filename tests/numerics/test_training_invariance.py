@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -142,6 +143,21 @@ def assert_same_training(first: Path, second: Path, norm_tolerance: float = TOLE
     print(f"largest relative differences over {STEPS} steps: {differences}")
     assert differences["train/loss"] <= TOLERANCE, differences
     assert differences["train/grad_norm"] <= norm_tolerance, differences
+    assert_same_norms(expected, actual)
+
+
+def assert_same_norms(expected: Rows, actual: Rows) -> None:
+    """Compares the norms of components; those of gradients have to make up that of the whole one."""
+    for name in ("grad_norm", "weight_norm"):
+        keys = [key for key in expected[0] if key.startswith(f"train/{name}/")]
+        assert keys
+        assert keys == [key for key in actual[0] if key.startswith(f"train/{name}/")]
+        for key in keys:
+            assert difference(expected, actual, key) <= 1e-4, key
+            assert actual[0][key] == pytest.approx(expected[0][key], rel=2 * TOLERANCE), key
+    for row in (*expected, *actual):
+        parts = [value for key, value in row.items() if key.startswith("train/grad_norm/")]
+        assert math.hypot(*parts) == pytest.approx(row["train/grad_norm"], rel=1e-5)
 
 
 def assert_same_measurements(first: Path, second: Path) -> None:
@@ -285,7 +301,7 @@ def test_two_ranks_equal_one_in_every_stage_and_resume_bit_for_bit(
 
     def short(directory: str, steps: int, **sections: Any) -> RunConfig:
         shared = {"training": {**TRAINING, "max_steps": steps}, "schedule": {"kind": "constant"}}
-        shared |= {"resume": "latest", "allow_changed": ["training.max_steps"]}
+        shared |= {"resume": "latest", "allow_changed": ["training.max_steps"], "evaluation": {"max_samples": 2}}
         return configure("full", tmp_path / directory, 2, **shared | runtime | sections)
 
     configs["straight"] = short("straight", 6)

@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from theworld_train.accounting.ledger import ParameterLedger, lines
 from theworld_train.assemble.encoded import check_encoded
 from theworld_train.assemble.inputs import EvaluationInputs, Inputs, open_inputs
 from theworld_train.assemble.model import ledger_of
+from theworld_train.assemble.record import RunDescription, new_launch
 from theworld_train.assemble.saver import RunSaver
 from theworld_train.assemble.steps import prepare
 from theworld_train.checkpoint_files import checkpoints, resolve_checkpoint
@@ -50,6 +53,7 @@ from theworld_train.train.resume_rules import check_changes
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stopping import breaking_off
+from theworld_train.train.trackers import Trackers
 from theworld_train.train.trainer import Trainer, TrainingResult
 from theworld_train.train.watchdog import clear_heartbeats
 
@@ -143,15 +147,18 @@ def train(config: RunConfig, console: Console, predict: Predict | None = None) -
                 if checkpoint is not None and resume:
                     with runtime.agreement():
                         check_changes(config, checkpoint)
-                result = _train(config, inputs, checkpoint, resume, runtime, console)
+                trackers = held.enter_context(Trackers(config, partial(_say, console, config.name), main=is_main))
+                result, record = _train(config, inputs, checkpoint, resume, runtime, console, trackers)
         if is_main:  # the others have gone: none of them waits for a plan
-            _compare(config, result, predict, console)
+            _compare(record, result, predict, console, trackers)
         return result
 
 
-def _compare(config: RunConfig, result: TrainingResult, predict: Predict | None, console: Console) -> None:
+def _compare(
+    record: RunDescription, result: TrainingResult, predict: Predict | None, console: Console, trackers: Trackers
+) -> None:
     """Writes what the run has taken into its metrics, beside what the plan says; without a plan it stands alone."""
-    taken, forecast = result.resources, None
+    config, taken, forecast = record.config, result.resources, None
     if taken is None:
         return
     if predict is not None:
@@ -161,10 +168,19 @@ def _compare(config: RunConfig, result: TrainingResult, predict: Predict | None,
             said = resources_line(taken, forecast)
         except Exception as error:  # the run is complete, whatever a plan of it meets, a signal too
             said = f"no plan to hold this run against: {type(error).__name__}: {error}"
-        console.print(f"{config.name}: {said}", highlight=False, markup=False, soft_wrap=True)
+        _say(console, config.name, said)
+    row = resources_row(taken, forecast)
     metrics = MetricsFile(Path(config.output_dir) / METRICS_FILE, result.steps)
-    metrics.write("resources", result.steps, resources_row(taken, forecast))
+    metrics.write("resources", result.steps, row)
     metrics.close()
+    record.write(forecast)
+    # `time/step_s` is there already, of each step.
+    told = {name: float(value) for name, value in row.items() if "/" in name and name != "time/step_s"}
+    trackers.log(told, result.steps)
+
+
+def _say(console: Console, name: str, text: str) -> None:
+    console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _take_directory(config: RunConfig, held: ExitStack, console: Console) -> None:
@@ -182,8 +198,14 @@ def _take_directory(config: RunConfig, held: ExitStack, console: Console) -> Non
 
 
 def _train(
-    config: RunConfig, inputs: Inputs, checkpoint: Path | None, resume: bool, runtime: Runtime, console: Console
-) -> TrainingResult:
+    config: RunConfig,
+    inputs: Inputs,
+    checkpoint: Path | None,
+    resume: bool,
+    runtime: Runtime,
+    console: Console,
+    trackers: Trackers,
+) -> tuple[TrainingResult, RunDescription]:
     accumulation = accumulation_steps(
         config.training.global_batch_size, config.training.micro_batch_size, runtime.world_size
     )
@@ -199,7 +221,12 @@ def _train(
         _announce_wrong_rows(config, inputs.check, console)
         _announce_encoded(config, ready.known, console)
         progress = ProgressDisplay(console, config.name, inheritance.step, ready.max_steps)
-    _start_trackers(config, runtime)
+    record = new_launch(config, ledger, runtime, inheritance.step)
+    with runtime.agreement():
+        if runtime.is_main:
+            ids = trackers.start(record.id, record.trackers, record.settings(), inheritance.step)
+            record = replace(record, trackers={**record.trackers, **ids})
+            record.write()
     saver = RunSaver(config, inputs, ready.loaded, ledger)
     trainer = Trainer(
         config=config,
@@ -215,6 +242,7 @@ def _train(
         save=saver,
         quarantine=Quarantine(directory / QUARANTINE_FILE if runtime.is_main else None, config.data.max_bad_samples),
         metrics=metrics,
+        trackers=trackers,
         progress=progress,
         gates=inheritance.gates,
     )
@@ -228,7 +256,7 @@ def _train(
             metrics.close()
     if runtime.is_main:
         write_result(directory, ledger, result)
-    return result
+    return result, record
 
 
 def held_out_batches(
@@ -270,13 +298,6 @@ def _check_space(directory: Path, ledger: ParameterLedger) -> None:
         message = f"a checkpoint takes {ledger.saved_bytes:,} bytes, but {free:,} are free there"
         hint = "free some, or choose another output_dir"
         raise ConfigError(Problem(message, key="output_dir", value=str(directory), hint=hint))
-
-
-def _start_trackers(config: RunConfig, runtime: Runtime) -> None:
-    if config.tracking.trackers:
-        os.environ["WANDB_MODE"] = config.tracking.wandb_mode
-        settings = {"config": json.dumps(config.model_dump(mode="json"))}
-        runtime.start_trackers(config.tracking.project, config.name, settings, Path(config.output_dir))
 
 
 def _announce(

@@ -327,11 +327,15 @@ class CheckpointSection(Section):
     """Write while training goes on; the main rank holds a copy of what it saves in host memory meanwhile."""
 
 
+Tracker = Literal["mlflow", "tensorboard", "trackio", "wandb"]
+
+
 class TrackingSection(Section):
     """Where metrics go besides `metrics.jsonl`, which is always written."""
 
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Trackers besides the JSONL file."""
+    trackers: tuple[Tracker, ...] = ()
+    """Trackers besides the JSONL file. Without an address of their own in the environment, `mlflow` and `trackio` write
+    into the run directory, as the others do."""
     project: Name = "theworld"
     """Project name for trackers that know one."""
     wandb_mode: Literal["online", "offline"] = "offline"

@@ -43,6 +43,14 @@ class PhasedEngine:
         self._enter("backward")
         self._engine.backward(loss)
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return self._engine.gradient_norms()
+
+    def weight_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return self._engine.weight_norms()
+
     def step(self, max_norm: float | None) -> Tensor:
         """See `Engine`."""
         return self._engine.step(max_norm)

@@ -282,6 +282,14 @@ class PlannedRuntime(Runtime):
 class PlannedEngine(ReplicatedEngine):
     """Takes fake tensors; what another engine does to memory is a matter of the strategy."""
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Returns none: fake numbers have no norm, and what it takes to compute them is nothing beside the step."""
+        return {}
+
+    def weight_norms(self) -> dict[str, Tensor]:
+        """Returns none, likewise."""
+        return {}
+
     def step(self, max_norm: float | None) -> Tensor:
         """Clips and steps in any case: whether the norm of fake gradients is finite is not known."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if max_norm is None else max_norm)

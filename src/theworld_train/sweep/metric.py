@@ -29,7 +29,6 @@ STEP_METRICS = (
 EVAL_METRICS = ("eval/loss", "eval/predicted", "eval/exact", "eval/normalized", "eval/correct", "eval/dropped")
 EVAL_FAMILIES = (
     "eval/loss/",
-    "eval/accuracy/",
     "eval/predicted/",
     "eval/exact/",
     "eval/normalized/",

@@ -31,6 +31,7 @@ from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.model.world_encoder import WorldEncoder
 from theworld_train.train.groups import restore_slots, saved_slots, step_counter
+from theworld_train.train.norms import component_norms, parameters_by_component
 from theworld_train.train.stage import StageModule
 
 #: Slots of AdamW's state that are as large as their parameter.
@@ -60,6 +61,14 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of this rank's share of the global mean loss."""
+        ...
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """Returns the gradient's norm by component, between a window's last micro-batch and its step."""
+        ...
+
+    def weight_norms(self) -> dict[str, Tensor]:
+        """Returns the norm of what trains, by component."""
         ...
 
     def step(self, max_norm: float | None) -> Tensor:
@@ -102,6 +111,7 @@ class ReplicatedEngine:
         self.optimizer = make_optimizer()
         self.wrapped: nn.Module = wrap(stage) if wrap else stage
         self._parameters = parameters_of(self.optimizer)
+        self._components = parameters_by_component(self.optimizer)
         self._ranks = torch.distributed.get_world_size() if wrap else 1
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -112,6 +122,14 @@ class ReplicatedEngine:
     def backward(self, loss: Tensor) -> None:
         """See `Engine`; DDP averages over ranks, and the factor turns that average into the sum."""
         (loss * self._ranks).backward()
+
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return component_norms(self._components, lambda parameter: parameter.grad, sharded=False)
+
+    def weight_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return component_norms(self._components, lambda parameter: parameter, sharded=False)
 
     def step(self, max_norm: float | None) -> Tensor:
         """See `Engine`."""
@@ -165,6 +183,8 @@ class ShardedEngine:
         self._ranks = torch.distributed.get_world_size()
         self.optimizer = make_optimizer()
         self._parameters = parameters_of(self.optimizer)
+        self._components = parameters_by_component(self.optimizer)
+        self._copies = mesh.size(0) if mesh.ndim > 1 else 1
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
         """See `Engine`."""
@@ -177,6 +197,19 @@ class ShardedEngine:
         """See `Engine`; FSDP averages over ranks, and the factor turns that average into the sum."""
         (loss * self._ranks).backward()
 
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return component_norms(
+            self._components,
+            lambda parameter: None if parameter.grad is None else _local(parameter.grad),
+            sharded=True,
+            copies=self._copies,
+        )
+
+    def weight_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return component_norms(self._components, self.held, sharded=True, copies=self._copies)
+
     def step(self, max_norm: float | None) -> Tensor:
         """See `Engine`."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if max_norm is None else max_norm)
@@ -186,7 +219,7 @@ class ShardedEngine:
 
     def held(self, parameter: nn.Parameter) -> Tensor:
         """See `Engine`."""
-        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        return _local(parameter)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         """See `Engine`."""
@@ -234,6 +267,7 @@ class DeepSpeedEngine:
             if any(isinstance(module, WorldEncoder) for module in stage.modules()):
                 set_z3_leaf_modules(stage, [WorldEncoder])
         self.optimizer = make_optimizer()
+        self._components = parameters_by_component(self.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=stage, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
@@ -258,13 +292,41 @@ class DeepSpeedEngine:
         """See `Engine`; DeepSpeed averages over ranks, and is told not to divide by accumulated micro-batches."""
         self._engine.backward(loss * self._ranks, scale_wrt_gas=False)
 
-    def step(self, max_norm: float | None) -> Tensor:
-        """See `Engine`; DeepSpeed clips by its own config, which holds the same limit, and skips by itself."""
-        assert self._engine.gradient_clipping() == (max_norm or 0.0)
+    def gradient_norms(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        self._reduce()
+        return component_norms(self._components, self._gradient_part, sharded=True)
+
+    def weight_norms(self) -> dict[str, Tensor]:
+        """See `Engine`; up to ZeRO-2 every rank holds all weights."""
+        if self._stage < 3:
+            return component_norms(self._components, lambda parameter: parameter, sharded=False)
+        return component_norms(self._components, lambda p: _without_padding(p, self.held(p)), sharded=True)
+
+    def _gradient_part(self, parameter: nn.Parameter) -> Tensor | None:
+        """Returns what this rank holds of a gradient; several ranks may hold it, but only one a number of its own."""
+        if self._stage == 3:
+            from deepspeed.utils import safe_get_local_grad
+
+            return _without_padding(parameter, safe_get_local_grad(parameter))
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return None
+        part: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()  # type: ignore[attr-defined]
+        own = mapping.lp_fragment_address
+        return part.narrow(0, own.start, own.numel) if part.numel() == parameter.numel() else part
+
+    def _reduce(self) -> None:
+        """Ends a window whose gradients are reduced at its end."""
         if self._window is not None:
             self._window.close()
             self._window = None
             self._engine.set_gradient_accumulation_boundary(True)
+
+    def step(self, max_norm: float | None) -> Tensor:
+        """See `Engine`; DeepSpeed clips by its own config, which holds the same limit, and skips by itself."""
+        assert self._engine.gradient_clipping() == (max_norm or 0.0)
+        self._reduce()
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), device=self._engine.device)
 
@@ -378,6 +440,17 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     if math.isfinite(norm.item()):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _without_padding(parameter: nn.Parameter, shard: Tensor) -> Tensor:
+    """Returns a rank's shard under ZeRO-3 without what fills up the last one where ranks do not divide a parameter."""
+    whole: Any = parameter
+    before = torch.distributed.get_rank() * shard.numel()
+    return shard.flatten()[: max(0, min(shard.numel(), int(whole.ds_numel) - before))]
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def resources_line(taken: Resources, forecast: Forecast) -> str:
 
 
 def missing_trackers(trackers: Sequence[str]) -> list[Problem]:
-    """Returns a problem for each tracker whose package is not installed; Accelerate would leave it out silently."""
+    """Returns a problem for each tracker whose package is not installed, so that it is told before a model loads."""
     return [
         Problem(
             f"needs the package '{name}', which is not installed",

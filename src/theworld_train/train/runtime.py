@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -72,8 +72,6 @@ class Runtime:
             cpu=not torch.cuda.is_available(),
             mixed_precision="no",
             gradient_accumulation_steps=1,
-            log_with=list(config.tracking.trackers) or None,
-            project_dir=config.output_dir,
             kwargs_handlers=[
                 InitProcessGroupKwargs(**process_group),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
@@ -303,31 +301,14 @@ class Runtime:
                 Problem(f"ranks disagree on {what}: {found}", hint="do all nodes see the same file system?")
             )
 
-    # -- trackers -----------------------------------------------------------------------------------------------------
-
-    def start_trackers(self, project: str, run_name: str, settings: Mapping[str, Any], directory: Path) -> None:
-        """Starts the trackers of the config; the caller has set wandb's mode in the environment."""
-        options = {"wandb": {"name": run_name, "dir": str(directory)}}
-        used = {
-            name: options[name]
-            for name in options
-            if name in [getattr(t, "value", t) for t in self.accelerator.log_with]
-        }
-        self.accelerator.init_trackers(project, config=dict(settings), init_kwargs=used)
-
-    def track(self, metrics: Mapping[str, float], step: int) -> None:
-        """Sends metrics to the trackers."""
-        self.accelerator.log(dict(metrics), step=step)
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends trackers and the process group; every rank calls it, and waits for the others."""
+        """Ends the process group; every rank calls it, and waits for the others."""
         self.accelerator.end_training()
 
     def abort(self) -> None:
-        """Ends trackers and leaves the process group at once: others may be waiting in a collective for ever."""
-        for tracker in self.accelerator.trackers:
-            with suppress(Exception):  # the error that has ended the run is the one to be told
-                tracker.finish()
+        """Leaves the process group at once: others may be waiting in a collective for ever."""
         if torch.distributed.is_initialized():
             distributed_c10d._abort_process_group()
 

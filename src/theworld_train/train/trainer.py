@@ -33,6 +33,7 @@ from theworld_train.train.runtime import Runtime, take
 from theworld_train.train.schedule import rate_factor
 from theworld_train.train.stage import StageModule
 from theworld_train.train.stopping import StoppedError, StopRequest
+from theworld_train.train.trackers import Trackers
 
 #: How many times longer than anything else a save may take, such as 100 minutes with a `timeout_s` of 10.
 SAVE_PATIENCE = 10
@@ -45,6 +46,8 @@ class StepResult:
     Attributes:
         loss: Mean cross entropy per supervised token of the window, before the step.
         grad_norm: Norm of the whole gradient before clipping; if it is not finite, the step was skipped.
+        grad_norms: The same by component.
+        weight_norms: Norm of what trains after the step, by component.
         rates: Learning rate by component.
         supervised_tokens: Supervised tokens of the window.
         tokens: Tokens of the window, padding not counted.
@@ -59,6 +62,8 @@ class StepResult:
 
     loss: float
     grad_norm: float
+    grad_norms: dict[str, float]
+    weight_norms: dict[str, float]
     rates: dict[str, float]
     supervised_tokens: int
     tokens: int
@@ -132,6 +137,7 @@ class Trainer:
         decode: Decode | None = None,
         save: Saver | None = None,
         metrics: MetricsFile | None = None,
+        trackers: Trackers | None = None,
         progress: ProgressDisplay | None = None,
         gates: Mapping[str, Any] | None = None,
     ) -> None:
@@ -151,6 +157,7 @@ class Trainer:
             decode: Turns generated tokens into text; needed if answers are generated.
             save: Writes checkpoints, if any are to be kept.
             metrics: The metrics file, on the main rank.
+            trackers: What else the metrics go to, on the main rank.
             progress: The display, on the main rank.
             gates: What the run's gates had seen when the checkpoint was written that it goes on from.
         """
@@ -167,6 +174,7 @@ class Trainer:
         self._save = save
         self._quarantine = quarantine
         self._metrics = metrics
+        self._trackers = trackers
         self._progress = progress
         self._stop = StopRequest()
         self._longest = self._most_supervised = 0
@@ -263,11 +271,16 @@ class Trainer:
                 self._engine.backward(output.loss_sum / totals.supervised)
             loss_sum += output.loss_sum.detach()
             self._runtime.beat()
+        gradients = self._engine.gradient_norms()
         norm = self._engine.step(self._config.training.gradient_clip_norm)
-        loss, grad_norm = self._runtime.read(self._runtime.sum_over_ranks(loss_sum), norm)
+        weights = self._engine.weight_norms()
+        measured = (self._runtime.sum_over_ranks(loss_sum), norm, *gradients.values(), *weights.values())
+        loss, grad_norm, *norms = self._runtime.read(*measured)
         return StepResult(
             loss=loss / totals.supervised,
             grad_norm=grad_norm,
+            grad_norms=dict(zip(gradients, norms[: len(gradients)], strict=True)),
+            weight_norms=dict(zip(weights, norms[len(gradients) :], strict=True)),
             rates=rates,
             supervised_tokens=totals.supervised,
             tokens=totals.tokens,
@@ -392,9 +405,12 @@ class Trainer:
             "train/padding_share": result.padding,
             "train/trimmed": result.trimmed,
             "train/skipped": float(result.skipped),
+            "train/tokens_per_s": result.tokens / max(seconds, 1e-9),
             "time/step_s": seconds,
             "time/data_wait_s": waited,
         } | {f"lr/{name}": rate for name, rate in result.rates.items()}
+        values |= {f"train/grad_norm/{name}": norm for name, norm in result.grad_norms.items()}
+        values |= {f"train/weight_norm/{name}": norm for name, norm in result.weight_norms.items()}
         values |= {f"data/share/{name}": share for name, share in result.shares.items()}
         if result.encoded_read is not None:
             values["data/encoded_read"] = result.encoded_read
@@ -408,9 +424,9 @@ class Trainer:
             what = "is skipped, as its gradient is not finite" if result.skipped else "has a loss that stands out"
             self._say(f"step {done} {what} (loss {result.loss:.4g}): {', '.join(suspects)}")
         if done % self._config.tracking.log_every_steps == 0:
-            self._runtime.track(values, done)
+            self._track(values, done)
         if self._progress is not None:
-            speed = result.tokens / max(seconds, 1e-9)
+            speed = values["train/tokens_per_s"]
             self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
         self._guard.count(skipped=result.skipped, step=done, sample_ids=suspects)
 
@@ -454,7 +470,7 @@ class Trainer:
         if self._metrics is not None:
             counts = {kind: group.samples for kind, group in result.kinds.items()}
             self._metrics.write("eval", done, {**values, "samples": counts})
-        self._runtime.track(values, done)
+        self._track(values, done)
         self._say(f"held out after step {done}: {summary_line(result)}")
 
     def _checkpoint(self, done: int) -> None:
@@ -479,6 +495,10 @@ class Trainer:
             with self._runtime.agreement():
                 if self._runtime.is_main:
                     self._save.finish()
+
+    def _track(self, values: Mapping[str, float], done: int) -> None:
+        if self._trackers is not None:
+            self._trackers.log(values, done)
 
     def _say(self, text: str) -> None:
         if self._progress is not None:

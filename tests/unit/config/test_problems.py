@@ -79,13 +79,13 @@ KEYS_OF_JSONL = "source, path, media_root, max_video_frames, window_s, sample_fp
         (
             "tracking: {trackers: wandb}",
             "tracking.trackers",
-            "expected a list of values, each one of tensorboard, wandb",
+            "expected a list of values, each one of mlflow, tensorboard, trackio, wandb",
             "write [wandb]",
         ),
         (
             "tracking: {trackers: [wandb, tensorbord]}",
             "tracking.trackers[1]",
-            "expected one of tensorboard, wandb",
+            "expected one of mlflow, tensorboard, trackio, wandb",
             "did you mean 'tensorboard'?",
         ),
         (

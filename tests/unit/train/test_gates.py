@@ -123,9 +123,9 @@ def test_without_gates_nothing_ends_a_run():
 
 
 def test_metric_that_no_evaluation_measures_is_refused_with_the_nearest():
-    judge = gates(stop_when={"threshold": {"metric": "eval/accuracy/digits", "at_least": 1.0}})
-    with pytest.raises(ConfigError, match="did you mean 'eval/accuracy/digit'"):
-        judge.refuse_unknown({"eval/loss": 1.0, "eval/accuracy/digit": 1.0})
+    judge = gates(stop_when={"threshold": {"metric": "eval/predicted/digits", "at_least": 1.0}})
+    with pytest.raises(ConfigError, match="did you mean 'eval/predicted/digit'"):
+        judge.refuse_unknown({"eval/loss": 1.0, "eval/predicted/digit": 1.0})
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -253,4 +253,4 @@ def test_kind_that_no_held_out_sample_has_is_refused_before_the_model_loads(
 ):
     monkeypatch.setattr("theworld_train.assemble.run.prepare", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ConfigError, match="no held-out sample is of the kind 'digits'; did you mean 'digit'"):
-        run(stop_when={"threshold": {"metric": "eval/accuracy/digits", "at_least": 0.5}})
+        run(stop_when={"threshold": {"metric": "eval/predicted/digits", "at_least": 0.5}})
