@@ -46,7 +46,8 @@ def launch(
 
         offline()
         resolved = resolve_strategy(config, nproc * nnodes)
-        overrides = [*overrides, f"runtime.strategy={resolved.runtime.strategy}"]
+        others = [text for text in overrides if not text.startswith("runtime.strategy=")]
+        overrides = [*others, f"runtime.strategy={resolved.runtime.strategy}"]
         command = launch_command(resolved, path, overrides, topology, grace_s)
     if print_only:
         typer.echo(str(command))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from theworld_train.config.components import Component
 from theworld_train.config.gates import AdvanceWhen, StopWhen, reads_evaluation
@@ -421,10 +421,15 @@ class RunConfig(Section):
     allow_changed: tuple[str, ...] = ()
     """Dotted keys that may differ from those of the run that `resume` continues, such as `training.max_steps`."""
 
+    @field_validator("trainable")
+    @classmethod
+    def _check_table(cls, table: dict[Component, TrainableComponent]) -> dict[Component, TrainableComponent]:
+        if not table:
+            raise ValueError("the trainable table is empty: name at least one component, such as world_projector")
+        return table
+
     @model_validator(mode="after")
     def _check_run(self) -> RunConfig:
-        if not self.trainable:
-            raise ValueError("the trainable table is empty: name at least one component, such as world_projector")
         if self.optimizer.name == "adamw_8bit" and self.runtime.strategy not in ("ddp", "auto"):
             raise ValueError("optimizer.name adamw_8bit needs runtime.strategy ddp: its states cannot be sharded")
         if not self.model.world.enabled:

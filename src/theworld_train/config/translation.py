@@ -106,8 +106,17 @@ class _Translator:
 
     def _contradiction(self, error: _Error) -> tuple[KeyPath, Problem]:
         path, _ = self._outline.locate(error["loc"])
-        source = self._merged.source_of(path)
-        return path, Problem(str(error["ctx"]["error"]), source=source, key=dotted(path) or None)
+        message = str(error["ctx"]["error"])
+        source = self._merged.last_source_of(self._named(path, message) or [path])
+        return path, Problem(message, source=source, key=dotted(path) or None)
+
+    def _named(self, section: KeyPath, message: str) -> list[KeyPath]:
+        """Returns the keys that a message names, by their dotted names or those in the section that it is about."""
+        words = set(re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", message))
+        prefix = f"{dotted(section)}." if section else ""
+        sections = {key.rpartition(".")[0] for key in self._outline.known_keys}
+        names = {word for word in words if "." in word} | {prefix + word for word in words}
+        return [tuple(key.split(".")) for key in self._outline.known_keys if key in names and key not in sections]
 
     def _variant(self, error: _Error) -> tuple[KeyPath, Problem]:
         section, node = self._outline.locate(error["loc"])

@@ -171,9 +171,6 @@ class TestOverrides:
         assert config.init_from == "a=b"
         assert config.model.revision == "12"
 
-    def test_the_last_one_wins(self, folder):
-        assert load_run_config("base.yaml", ["seed=1", "seed=2"]).seed == 2
-
     def test_a_section_that_no_file_states_is_made(self, folder):
         config = load_run_config("base.yaml", ["data.eval.source=jsonl", "data.eval.path=eval.jsonl"])
         assert config.data.eval is not None
@@ -252,6 +249,26 @@ class TestBlame:
         write("data: {train: {source: hub, id: 3}}", "middle.yaml")
         problem = the_problem_of(write("data: {train: {source: jsonl, path: 3}}", extends="middle.yaml"))
         assert (problem.source, problem.key) == ("child.yaml", "data.train.path")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ("optimizer.lr=1e-4", "optimizer.lr=2e-4", ("is given twice", "0.0001", "0.0002")),
+        ("optimizer.lr=1e-4", "optimizer={weight_decay: 0.1}", ("would undo optimizer.lr", "put optimizer first")),
+        ("trainable.vision_tower.lr=1e-5", "trainable={vision_tower: {}}", ("would undo trainable.vision_tower.lr",)),
+    ],
+)
+def test_an_override_that_would_undo_another_is_refused(folder, the_problem_of, first, second, words):
+    problem = str(the_problem_of("base.yaml", first, second))
+    assert all(word in problem for word in words), problem
+
+
+def test_overrides_that_agree_or_refine_each_other_are_taken(folder):
+    config = load_run_config(
+        "base.yaml", ["optimizer={weight_decay: 0.1}", "optimizer.lr=1e-4", "seed=3", "optimizer.lr=1.0e-4", "seed=3"]
+    )
+    assert (config.optimizer.weight_decay, config.optimizer.lr, config.seed) == (0.1, 1e-4, 3)
 
 
 def test_a_config_error_carries_every_problem_as_text(write):

@@ -310,6 +310,34 @@ def test_an_empty_table_is_refused(write, the_problem_of):
     assert "the trainable table is empty" in the_problem_of(write("trainable: {}\nexpect_trainable: null")).message
 
 
+def test_an_empty_table_on_the_command_line_is_not_the_files(folder, the_problem_of):
+    problem = the_problem_of("base.yaml", "trainable={}", "expect_trainable=null")
+    assert (problem.source, problem.key) == ("command line", "trainable")
+    assert "the trainable table is empty" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.epochs=2", "exactly one of max_steps and epochs"),
+        ("model.world.enabled=false", "cannot train while model.world.enabled is false"),
+        ("optimizer.name=adamw_8bit", "needs runtime.strategy ddp"),
+        ("runtime.hybrid=true", "hybrid sharding needs strategy fsdp2"),
+    ],
+)
+def test_a_contradiction_is_blamed_on_the_last_that_had_a_part_in_it(write, the_problem_of, override, words):
+    """What the file states is right by itself, and what the override changes elsewhere is not to blame."""
+    path = write("runtime: {strategy: zero2}" if "hybrid" not in override else "seed: 1")
+    problem = the_problem_of(path, override, "data.num_workers=0")
+    assert words in problem.message
+    assert problem.source == "command line"
+
+
+def test_a_contradiction_of_a_file_stays_the_files(write, the_problem_of):
+    path = write("training: {epochs: 2}")
+    assert the_problem_of(path, "training.global_batch_size=4").source == path
+
+
 def test_all_problems_come_at_once(write, problems_of):
     path = write(
         "seed: x\nzzz: 1\nname: a\nname: b\ntrainable: {lm_head: {}}\noptimizer: {lr: -1, betas: [0.9]}\n"
