@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-full bench lint format clean
+.PHONY: help install train test test-full bench lint format docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ lint: install ## Check style, format, types and layers
 format: install ## Mend style and format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install ## Write docs/reference from the commands and config models
+	$(BIN)/python docs/reference/generate.py
 
 clean: ## Remove caches and build output; .venv and runs stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

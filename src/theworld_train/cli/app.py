@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from theworld_train.cli.completion import Completion, complete_values
+from theworld_train.cli.exit_codes import INTERRUPTED, with_exit_codes
 
 if TYPE_CHECKING:
     # Typer has no public name for the classes under its own; they are needed for types alone.
@@ -50,6 +54,8 @@ COMMANDS: dict[str, CommandEntry] = {
     "data": CommandEntry("theworld_train.cli.data:data", "Count the tokens of a run's data, and show its samples."),
     "profile": CommandEntry("theworld_train.cli.profile:profile", "Measure where the time and memory of steps go."),
     "params": CommandEntry("theworld_train.cli.params:params", "Count every parameter of a run, by component."),
+    "init": CommandEntry("theworld_train.cli.init:init", "Write a project of your own: configs, data, next commands."),
+    "doctor": CommandEntry("theworld_train.cli.doctor:doctor", "Check that this machine is ready, and say what to do."),
     "tiny": CommandEntry("theworld_train.cli.tiny:tiny", "Write the quickstart's tiny model."),
     "validate": CommandEntry("theworld_train.cli.validate:validate", "Check run configs, pipelines and sweeps."),
     "size": CommandEntry("theworld_train.cli.size:size", "Count the parameters, memory and compute of any model."),
@@ -74,6 +80,11 @@ class LazyGroup(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
 
+    def shell_complete(self, ctx: Context, incomplete: str) -> list[Any]:
+        """Completes options and the names of commands, from the table, without importing them."""
+        names = [Completion(name, COMMANDS[name].help) for name in COMMANDS if name.startswith(incomplete)]
+        return [*names, *TyperCommand.shell_complete(self, ctx, incomplete)]  # not those of a group, which imports all
+
     def resolve_command(self, ctx: Context, args: list[str]) -> tuple[str | None, AnyCommand | None, list[str]]:
         """Finds the command that is called; an unknown name is answered with the nearest known one."""
         if args[0] not in COMMANDS:
@@ -83,9 +94,13 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Context) -> object:
-        """Runs a command; a user's error ends it with a list of problems, any other exception keeps its traceback."""
+        """Runs a command; a user's error ends it with a list of problems, another exception keeps its traceback."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # Imported here, as it takes pydantic along: only a failure needs it.
             from theworld_train.cli.problems import exit_if_config_error
@@ -108,12 +123,14 @@ def load_command(name: str) -> AnyCommand:
     single = typer.Typer(add_completion=False, rich_markup_mode=None)
     single.command(name, help=_help_text(function), short_help=COMMANDS[name].help)(function)
     command: AnyCommand = typer.main.get_command(single)
+    complete_values(command)
     return command
 
 
 def _help_text(function: Callable[..., object]) -> str:
-    """Returns a function's docstring with the line breaks of its example kept."""
-    return re.sub(r"^(?=Examples?:$)", "\b\n", inspect.getdoc(function) or "", flags=re.MULTILINE)
+    """Returns a function's docstring with its exit codes complete and the line breaks of its example kept."""
+    text = with_exit_codes(inspect.getdoc(function) or "")
+    return re.sub(r"^(?=Examples?:$)", "\b\n", text, flags=re.MULTILINE)
 
 
 def _print_version(asked: bool) -> None:
@@ -128,7 +145,6 @@ def _print_version(asked: bool) -> None:
 app = typer.Typer(
     name=PROGRAM,
     cls=LazyGroup,
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

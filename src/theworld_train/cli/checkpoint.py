@@ -29,6 +29,8 @@ def checkpoint(
 ) -> None:
     """List, verify, show or prune the checkpoints of a run; `show` takes the newest one unless DIR is a step-N.
 
+    Exit codes: 0 done, 2 wrong input, or a checkpoint that is damaged.
+
     Example:
         theworld-train checkpoint verify runs/quickstart/full
         theworld-train checkpoint prune runs/quickstart/full --keep 2

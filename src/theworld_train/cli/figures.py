@@ -24,7 +24,8 @@ def figures(
 ) -> None:
     """Print every published figure about TheWorld and its relatives beside our own value, computed anew.
 
-    Fails if one of our values no longer agrees with the published one as it is known to.
+    Exit codes: 0 done, 2 wrong input, a value that no longer agrees with the published one as it is known to, or a page
+    that differs.
 
     Example:
         theworld-train figures --markdown > docs/published-figures.md

@@ -29,7 +29,10 @@ def launch(
 ) -> None:
     """Train one stage on all processes of this machine, through torchrun, and end them with this process.
 
-    Signals reach every process. The exit code tells how the run has ended: docs/distributed.md lists them.
+    Signals reach every process; docs/distributed.md says more.
+
+    Exit codes: 0 complete, 69 ranks have waited for each other in vain, 75 stopped by a signal and saved, 128 + N
+    ended by signal N without a save.
 
     Example:
         theworld-train launch configs/stages/full.yaml --nproc 8 runtime.strategy=zero2 resume=latest

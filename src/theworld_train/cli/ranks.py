@@ -16,6 +16,11 @@ def offline() -> None:
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         os.environ[variable] = "1"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quieten()
+
+
+def quieten() -> None:
+    """Leaves out what a library says at each start and nobody can act on."""
     # diffusers imports bitsandbytes where it is installed, which then asks for a kernel that only 4-bit weights need.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "Failed to load CPU gemm_4bit_forward" not in record.getMessage()

@@ -21,6 +21,9 @@ def train(
 ) -> None:
     """Train one stage on this process, or on all processes of `accelerate launch -m theworld_train train ...`.
 
+    Exit codes: 0 complete, 69 ranks have waited for each other in vain, 75 stopped by a signal and saved (resume=latest
+    goes on).
+
     Example:
         theworld-train train configs/stages/projection.yaml optimizer.lr=3e-4 training.max_steps=100
     """

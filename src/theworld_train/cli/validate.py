@@ -32,7 +32,9 @@ def validate(
     """Check run configs, pipelines with the configs of their stages, and sweeps with the points of their space.
 
     Nothing is loaded but the YAML files, and with --data the rows that they name, each of which has to be right; no
-    medium is opened. Every file is reported; the exit code is 2 if any is wrong.
+    medium is opened. Every file is reported.
+
+    Exit codes: 0 all are right, 2 any is wrong.
 
     Example:
         theworld-train validate configs/stages/projection.yaml optimizer.lr=3e-4

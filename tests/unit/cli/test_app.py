@@ -24,6 +24,8 @@ def failing(kind: str) -> None:
     Example:
         theworld-train failing
     """
+    if kind == "interrupted":
+        raise KeyboardInterrupt
     if kind == "user":
         raise ConfigError(
             [Problem("expected a number", source="a.yaml", key="lr", value="x"), Problem("also", source="b")]
@@ -119,6 +121,12 @@ def test_a_user_error_is_a_list_of_problems_by_file(failing_command, call):
     code, out, err = call("failing", "user")
     assert (code, out) == (2, "")
     assert err.splitlines() == ["1 problem in a.yaml", "  lr: expected a number (got 'x')", "1 problem in b", "  also"]
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted\n"), ("1", "")])
+def test_ctrl_c_says_so_once_and_ends_with_130(failing_command, call, monkeypatch, rank, said):
+    monkeypatch.setenv("RANK", rank)
+    assert call("failing", "interrupted") == (130, "", said)
 
 
 def test_any_other_exception_stays_one(failing_command, call):
