@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from tests.helpers.pages import blocks, our_commands
 from theworld_train.accounting.tokens import world_tokens
-from theworld_train.cli.app import COMMANDS
-from theworld_train.config import parse_run_config
+from theworld_train.cli.app import COMMANDS, app, load_command
+from theworld_train.config import PipelineConfig, RunConfig, parse_run_config
+from theworld_train.config.outline import outline_of
 from theworld_train.data.conversation import parse_row
+from theworld_train.starter.write import Project, project_files
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "theworld_train"
@@ -32,10 +36,6 @@ def in_code(text: str) -> str:
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     return "\n".join([*fenced, *re.findall(r"`([^`\n]+)`", rest)])
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def rows(page: Path) -> Iterator[dict[str, object]]:
@@ -90,8 +90,13 @@ def test_the_layer_table_names_every_top_level_module():
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_relative_links_lead_somewhere(page: Path):
-    links = [link for link in LINK.findall(page.read_text()) if not link.startswith(("#", "http", "mailto:"))]
-    missing = [link for link in links if not (page.parent / link.split("#")[0]).exists()]
+    links = [link for link in LINK.findall(page.read_text()) if not link.startswith(("http", "mailto:"))]
+    missing = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     assert missing == []
 
 
@@ -102,10 +107,93 @@ def test_commands_exist(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
+def test_commands_parse_and_their_keys_exist(page: Path):
+    for words in our_commands(page):
+        command = load_command(words[0])
+        command.make_context(words[0], list(words[1:]))  # a wrong option or a missing argument raises
+        metavar = next((p.metavar or "" for p in command.params if p.param_type_name == "argument"), "")
+        model = {"CONFIG": RunConfig, "CHECKPOINT": RunConfig, "PIPELINE": PipelineConfig}.get(
+            re.match(r"\W*(\w*)", metavar)[1]
+        )
+        keys = [word.partition("=")[0] for word in words[1:] if re.match(r"[a-z_.]+=", word)]
+        unknown = [key for key in keys if model and not outline_of(model).knows(tuple(key.split(".")))]
+        assert unknown == [], words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_config_paths_exist(page: Path):
     paths = {path.rstrip(".") for path in CONFIG.findall(page.read_text())}
-    missing = sorted(path for path in paths if not any(ROOT.glob(path)))
+    ours = project_files(Project(Path("project")))
+    missing = sorted(path for path in paths if not any(ROOT.glob(path)) and not in_project(path, ours))
     assert missing == []
+
+
+def in_project(path: str, files: dict[str, bytes]) -> bool:
+    """Says whether `init` writes a path, for pages that are about a project."""
+    return any(file == path or file.startswith(f"{path.rstrip('/')}/") for file in files)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_scripts_and_make_targets_exist(page: Path):
+    text = in_code(page.read_text())
+    scripts = re.findall(r"(?<![\w/.])(?:benchmarks|docker|docs|launch|tests)/[\w./-]*\w\.(?:py|sh|sbatch|yaml|txt)\b", text)
+    assert [path for path in scripts if not (ROOT / path).exists()] == []
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    called = set(re.findall(r"(?:^|`|\n)make ([a-z][a-z-]*)", page.read_text()))
+    assert called - targets == set()
+
+
+#: Commands that answer at once and need nothing but the repository.
+CHEAP = ("validate", "size", "schema", "figures")
+
+
+def cheap_calls() -> list[tuple[str, ...]]:
+    return sorted({tuple(words) for page in PAGES for words in our_commands(page) if words[0] in CHEAP})
+
+
+@pytest.mark.parametrize("words", cheap_calls(), ids=" ".join)
+def test_cheap_commands_run(words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(ROOT)
+    project = project_files(Project(Path("project")))
+    if any(in_project(word, project) and not Path(word).exists() for word in words):
+        for path, content in project.items():
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_bytes(content)
+        monkeypatch.chdir(tmp_path)
+    expanded = [str(path) for word in words for path in (sorted(Path().glob(word)) if "*" in word else [word])]
+    result = CliRunner().invoke(app, expanded)
+    assert result.exit_code == 0, result.output
+
+
+def test_cheap_commands_are_there():
+    assert {words[0] for words in cheap_calls()} == set(CHEAP)
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns what links to a page's headings end with, as GitHub makes it of their words."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?) *$", text, flags=re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+# -- docs/troubleshooting.md --------------------------------------------------------------------------------------
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*(?:\+\s*)?f?"', "", code)  # literals that go on in the next line
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+ [^`]+)`", row)]
+    assert len(messages) > 10
+    assert [message for message in messages if message not in code] == []
+
+
+def test_every_symptom_has_a_cause_and_a_cure():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith(("|---", "| symptom"))]
+    assert len(rows) > 30
+    assert [row for row in rows if len([cell for cell in row.strip("|").split(" | ") if cell.strip()]) != 3] == []
 
 
 def test_the_readme_is_looked_at():

@@ -14,6 +14,9 @@ def init(
         Path | None,
         typer.Option(metavar="FILE", help="Your own rows: JSONL, Parquet or JSON. Drawn examples if absent."),
     ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval", metavar="FILE", help="Held-out rows, to measure on; goes with --data.")
+    ] = None,
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Configs for a tiny model, which trains in minutes without a GPU.")
     ] = False,
@@ -24,11 +27,11 @@ def init(
 
     Example:
         theworld-train init my-project --tiny
-        theworld-train init my-project --data rows.jsonl
+        theworld-train init my-project --data rows.jsonl --eval held-out.jsonl
     """
     from theworld_train.starter.write import Project, write_project
 
-    written = write_project(Project(directory, tiny=tiny, data=data))
+    written = write_project(Project(directory, tiny=tiny, data=data, eval_data=eval_data))
     shown = [name for name in written if not name.startswith("data/")]
     for name in shown:
         typer.echo(f"  {directory / name}")

@@ -1,4 +1,4 @@
-"""Drawn examples of the data format: coloured squares that move, with a question on each clip and its last frame."""
+"""Drawn examples of the data format: coloured squares that move, with a question on each clip and its first frame."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def example_files() -> Iterator[tuple[str, bytes]]:
                 for index in range(FRAMES):
                     yield f"data/{clip}/{index}.png", _frame(rgb, place, dx, dy, index - FRAMES + 1)
                 rows.append(_row("direction", {"type": "video", "path": clip}, "Which way does the square move?", way))
-                last = {"type": "image", "path": f"{clip}/{FRAMES - 1}.png"}
-                rows.append(_row("colour", last, "Which colour is the square?", colour))
+                first = {"type": "image", "path": f"{clip}/0.png"}
+                rows.append(_row("colour", first, "Which colour is the square?", colour))
         yield f"data/{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 

@@ -28,11 +28,13 @@ class Project:
         directory: Where it goes.
         tiny: Whether its configs are for the tiny model.
         data: The user's own rows; drawn examples are written if absent.
+        eval_data: Held-out rows of the user's own; nothing is measured if absent.
     """
 
     directory: Path
     tiny: bool = False
     data: Path | None = None
+    eval_data: Path | None = None
 
 
 def write_project(project: Project) -> list[str]:
@@ -74,8 +76,11 @@ def project_files(project: Project) -> dict[str, bytes]:
     templates = files(__package__) / "templates"
     values: dict[str, object] = {"tiny": project.tiny, "name": project.directory.resolve().name, "own": False}
     if project.data is not None:
-        path = _as_seen_from(project.directory, project.data)
-        values |= {"own": True, "source": source_of(project.data), "path": _quoted(path)}
+        values |= {"own": True, "train": _source(project, project.data, "--data"), "eval": "null"}
+    if project.eval_data is not None:
+        if project.data is None:
+            raise ConfigError(Problem("goes with --data, the rows to train on", key="--eval"))
+        values |= {"eval": _source(project, project.eval_data, "--eval")}
     contents = {
         "README.md": _rendered(templates / "README.md.jinja", values),
         ".gitignore": (templates / "gitignore").read_bytes(),
@@ -87,8 +92,18 @@ def project_files(project: Project) -> dict[str, bytes]:
     return dict(sorted(contents.items()))
 
 
-def source_of(data: Path) -> str:
+def _source(project: Project, data: Path, option: str) -> str:
+    """Returns the section of a config that reads a file of rows."""
+    path = _as_seen_from(project.directory, data)
+    return f"{{source: {source_of(data, option)}, path: {_quoted(path)}}}"
+
+
+def source_of(data: Path, option: str = "--data") -> str:
     """Tells which source reads a file of rows, by its name and its first row.
+
+    Args:
+        data: The file.
+        option: What has named it, for problems.
 
     Returns:
         `jsonl`, `parquet`, `llava` or `sharegpt`.
@@ -97,7 +112,7 @@ def source_of(data: Path) -> str:
         ConfigError: If the file is not there, or its first row is a conversation in none of these formats.
     """
     if not data.is_file():
-        raise ConfigError(Problem("no such file", key="--data", value=str(data)))
+        raise ConfigError(Problem("no such file", key=option, value=str(data)))
     if data.suffix == ".parquet":
         return "parquet"
     row = _first_row(data)
@@ -108,7 +123,7 @@ def source_of(data: Path) -> str:
             return "sharegpt" if "images" in row or "videos" in row else "llava"
     hint = "docs/data.md describes the formats, and the sources for others"
     message = "its first row is no conversation: expected a JSON object with messages"
-    raise ConfigError(Problem(message, key="--data", value=str(data), hint=hint))
+    raise ConfigError(Problem(message, key=option, value=str(data), hint=hint))
 
 
 def _first_row(data: Path) -> object:

@@ -157,6 +157,20 @@ def test_rows_that_are_no_conversations_are_refused(tmp_path: Path, content: str
     assert not (tmp_path / "mine").exists()
 
 
+def test_held_out_rows_go_with_own_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target, rows = tmp_path / "mine", tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(ROW))
+    with pytest.raises(ConfigError, match="--eval: goes with --data"):
+        write_project(Project(target, eval_data=rows))
+    with pytest.raises(ConfigError, match="--eval: no such file"):
+        write_project(Project(target, data=rows, eval_data=tmp_path / "absent.jsonl"))
+    write_project(Project(target, data=rows, eval_data=rows))
+    monkeypatch.chdir(target)
+    data = load_run_config("configs/stages/projection.yaml").data
+    assert data.eval is not None
+    assert data.eval.path == data.train.path == str(rows)
+
+
 def test_rows_that_are_not_there_are_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"--data: no such file \(got .*absent\.jsonl"):
         write_project(Project(tmp_path / "mine", data=tmp_path / "absent.jsonl"))
