@@ -136,7 +136,9 @@ def in_project(path: str, files: dict[str, bytes]) -> bool:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_scripts_and_make_targets_exist(page: Path):
     text = in_code(page.read_text())
-    scripts = re.findall(r"(?<![\w/.])(?:benchmarks|docker|docs|launch|tests)/[\w./-]*\w\.(?:py|sh|sbatch|yaml|txt)\b", text)
+    scripts = re.findall(
+        r"(?<![\w/.])(?:benchmarks|docker|docs|launch|tests)/[\w./-]*\w\.(?:py|sh|sbatch|yaml|txt)\b", text
+    )
     assert [path for path in scripts if not (ROOT / path).exists()] == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     called = set(re.findall(r"(?:^|`|\n)make ([a-z][a-z-]*)", page.read_text()))

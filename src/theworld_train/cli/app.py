@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from theworld_train.cli.completion import Completion, complete_values
-from theworld_train.cli.exit_codes import INTERRUPTED, with_exit_codes
+from theworld_train.cli.exit_codes import INTERRUPTED, INTERRUPTED_LINE, with_exit_codes
 
 if TYPE_CHECKING:
     # Typer has no public name for the classes under its own; they are needed for types alone.
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
 PROGRAM = "theworld-train"
+#: Set for the processes that a command starts, which all get a Ctrl-C too: the command alone says so.
+_INSIDE = "THEWORLD_TRAIN_INSIDE"
 
 
 class CommandEntry(NamedTuple):
@@ -95,11 +97,13 @@ class LazyGroup(TyperGroup):
 
     def invoke(self, ctx: Context) -> object:
         """Runs a command; a user's error ends it with a list of problems, another exception keeps its traceback."""
+        outermost = _INSIDE not in os.environ and os.environ.get("RANK", "0") == "0"
+        before = os.environ.setdefault(_INSIDE, str(os.getpid()))
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
-                typer.echo("interrupted", err=True)
+            if outermost:
+                typer.echo(INTERRUPTED_LINE, err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             # Imported here, as it takes pydantic along: only a failure needs it.
@@ -107,6 +111,9 @@ class LazyGroup(TyperGroup):
 
             exit_if_config_error(error)
             raise
+        finally:
+            if before == str(os.getpid()):
+                del os.environ[_INSIDE]
 
 
 def load_command(name: str) -> AnyCommand:

@@ -6,6 +6,7 @@ import re
 
 #: After Ctrl-C, as a shell has it: 128 + SIGINT.
 INTERRUPTED = 130
+INTERRUPTED_LINE = "interrupted"
 #: Codes that every command may end with. A command that has more, or means more by one, says so in its docstring, in a
 #: paragraph that begins with `Exit codes:`.
 COMMON = {0: "done", 1: "an error, with a traceback", 2: "wrong input", INTERRUPTED: "Ctrl-C"}

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from theworld_train.cli.arguments import one_run_config, split_overrides
+from theworld_train.cli.exit_codes import INTERRUPTED, INTERRUPTED_LINE
 
 
 def launch(
@@ -55,4 +56,7 @@ def launch(
     if print_only:
         typer.echo(str(command))
     else:
-        raise typer.Exit(run(command))
+        code = run(command)
+        if code == INTERRUPTED:
+            typer.echo(INTERRUPTED_LINE, err=True)
+        raise typer.Exit(code)

@@ -9,7 +9,7 @@ from io import BytesIO
 from PIL import Image
 
 #: Side of the canvas and of the square, and how far it moves between two frames, in pixels.
-CANVAS, SQUARE, STEP = 64, 16, 8
+CANVAS, SQUARE, STEP = 64, 16, 6
 FRAMES = 5
 COLOURS = {"red": (214, 40, 40), "green": (44, 160, 44), "blue": (31, 90, 200), "yellow": (240, 200, 20)}
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -123,10 +124,24 @@ def test_a_user_error_is_a_list_of_problems_by_file(failing_command, call):
     assert err.splitlines() == ["1 problem in a.yaml", "  lr: expected a number (got 'x')", "1 problem in b", "  also"]
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "interrupted\n"), ("1", "")])
-def test_ctrl_c_says_so_once_and_ends_with_130(failing_command, call, monkeypatch, rank, said):
-    monkeypatch.setenv("RANK", rank)
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "interrupted\n"),
+        ({"RANK": "0"}, "interrupted\n"),
+        ({"RANK": "1"}, ""),
+        ({"THEWORLD_TRAIN_INSIDE": "1"}, ""),
+    ],
+    ids=["alone", "rank 0", "rank 1", "started by a command"],
+)
+def test_ctrl_c_says_so_once_and_ends_with_130(failing_command, call, monkeypatch, environment, said):
+    for name in ("RANK", "THEWORLD_TRAIN_INSIDE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
     assert call("failing", "interrupted") == (130, "", said)
+    assert dict(os.environ) == before
 
 
 def test_any_other_exception_stays_one(failing_command, call):

@@ -349,7 +349,7 @@ def test_the_command_ends_with_1_where_something_is_bad(empty_cache: None, monke
         code, out = doctor(*arguments)
         assert code == 1
         assert "bad   model.base" in out
-        assert "-> theworld-train fetch" in out
+        assert "-> run `theworld-train fetch CONFIG`" in out
         assert "a token is set" in out
         assert "secretsecret" not in out
 
