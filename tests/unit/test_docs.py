@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from tests.helpers.pages import blocks, our_commands
 from theworld_train.accounting.tokens import world_tokens
 from theworld_train.cli.app import COMMANDS, app, load_command
-from theworld_train.config import PipelineConfig, RunConfig, parse_run_config
+from theworld_train.config import (
+    PipelineConfig,
+    RunConfig,
+    config_kind,
+    load_pipeline_config,
+    load_run_config,
+    parse_run_config,
+)
 from theworld_train.config.outline import outline_of
 from theworld_train.data.conversation import parse_row
 from theworld_train.starter.write import Project, project_files
@@ -24,6 +31,8 @@ PACKAGE = ROOT / "src" / "theworld_train"
 README = ROOT / "README.md"
 DATA = ROOT / "docs" / "data.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+#: About the configs of a project that `init` writes, which tests/integration/test_own_data.py walks.
+OWN_DATA = ROOT / "docs" / "own-data.md"
 #: The pages that users read.
 PAGES = sorted([README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -115,9 +124,13 @@ def test_commands_parse_and_their_keys_exist(page: Path):
         model = {"CONFIG": RunConfig, "CHECKPOINT": RunConfig, "PIPELINE": PipelineConfig}.get(
             re.match(r"\W*(\w*)", metavar)[1]
         )
-        keys = [word.partition("=")[0] for word in words[1:] if re.match(r"[a-z_.]+=", word)]
+        overrides = [word for word in words[1:] if re.match(r"[a-z_.]+=", word)]
+        keys = [word.partition("=")[0] for word in overrides]
         unknown = [key for key in keys if model and not outline_of(model).knows(tuple(key.split(".")))]
         assert unknown == [], words
+        if model and page != OWN_DATA and (ROOT / words[1]).is_file():
+            load = load_pipeline_config if config_kind(ROOT / words[1]) == "pipeline" else load_run_config
+            load(ROOT / words[1], overrides)  # what contradicts the file raises
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

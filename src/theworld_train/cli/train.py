@@ -25,7 +25,7 @@ def train(
     goes on).
 
     Example:
-        theworld-train train configs/stages/projection.yaml optimizer.lr=3e-4 training.max_steps=100
+        theworld-train train configs/stages/projection.yaml training.epochs=null training.max_steps=100
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
     from theworld_train.launch import as_rank

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from theworld_train.cli.app import COMMANDS
+from tests.helpers.pages import our_commands
+from theworld_train.cli.app import load_command
 from theworld_train.config import ConfigError, load_pipeline_config, load_run_config, load_stage_configs
 from theworld_train.config.schema import RunConfig
 from theworld_train.starter.write import Project, project_files, source_of, write_project
@@ -60,13 +61,14 @@ def test_every_config_begins_with_a_comment_that_says_what_it_is(project: Projec
 
 
 def test_commands_and_files_of_the_readme_exist(project: Project):
-    text = Path("README.md").read_text()
-    commands = re.findall(r"^theworld-train ([a-z]+) ?([^\s]*)", text, flags=re.MULTILINE)
+    commands = our_commands(Path("README.md"))
     assert len(commands) >= 6
-    for name, argument in commands:
-        assert name in COMMANDS
-        if argument.startswith(("configs/", "data/")):
-            assert Path(argument).exists()
+    for name, *words in commands:
+        load_command(name).make_context(name, list(words))
+        files = [word for word in words if word.startswith(("configs/", "data/"))]
+        assert all(Path(file).exists() for file in files)
+        if files and files[0].startswith("configs/stages"):
+            load_run_config(files[0], [word for word in words if re.match(r"[a-z_.]+=", word)])
 
 
 def test_examples_are_conversations_whose_media_are_there(project: Project):
