@@ -70,11 +70,17 @@ def _command(name: str) -> str:
     context = command.make_context(f"{PROGRAM} {name}", [], resilient_parsing=True)
     usage = command.get_usage(context).removeprefix("Usage:").strip()
     records = [parameter.get_help_record(context) for parameter in command.params]
-    rows = [f"| `{_cell(first)}` | {_cell(help_text)} |" for first, help_text in filter(None, records)]
+    rows = [f"| `{_cell(_kind(first))}` | {_cell(help_text)} |" for first, help_text in filter(None, records)]
     table = "\n".join(["| argument or option | |", "|---|---|", *rows])
     described = f"```text\n{' '.join(usage.split())}\n```\n\n{description.strip()}"
     examples = f"```bash\n{inspect.cleandoc(example)}\n```"
     return "\n\n".join([f"## {name}", described, *([table] if rows else []), examples])
+
+
+def _kind(record: str) -> str:
+    """Returns a parameter with what it takes; that it may be repeated is for its help to say."""
+    kind = re.sub(r"<list\[(\w+)\]>$", lambda match: f"<{match[1].lower()}>", record)
+    return kind if record.startswith("-") else re.sub(r" <\w+>$", "", kind)
 
 
 # -- configs ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ UNREADY = 1
 def doctor(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG [KEY=VALUE ...]]", help="A run config or a pipeline that should run here."),
+        typer.Argument(metavar="CONFIG [KEY=VALUE ...]", help="A run config or a pipeline that should run here."),
     ] = None,
     network: Annotated[
         bool, typer.Option("--network", help="Ask the hub for an answer too, for ten seconds at most.")

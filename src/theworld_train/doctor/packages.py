@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, distribution, requires
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -45,8 +45,8 @@ def check_packages(machine: Machine, configs: Sequence[RunConfig]) -> list[Findi
     own = [finding for finding in versions if finding.check in MAIN or finding.state != "ok"]
     others = len(versions) - len(own)
     rest = [Finding("other packages", "ok", f"{others} in their ranges")] if others else []
-    names = [need.name for need in core]
-    return [_check_python(python), *own, *rest, *_extras(stated, configs), *_contradictions([*names, *BESIDE])]
+    names = dict.fromkeys([*(need.name for need in core), *(need.name for _, need in _optional(stated)), *BESIDE])
+    return [_check_python(python), *own, *rest, *_extras(stated, configs), *_contradictions(list(names))]
 
 
 def _check_python(stated: str) -> Finding:
@@ -75,13 +75,11 @@ def _check_version(need: Requirement, machine: Machine) -> Finding:
 def _extras(stated: Sequence[Requirement], configs: Sequence[RunConfig]) -> list[Finding]:
     """Looks at the optional parts; one that a config needs is bad if it is missing."""
     by_extra: dict[str, list[Requirement]] = {}
-    for need in stated:
-        text = str(need.marker or "")
-        if "extra ==" in text:
-            by_extra.setdefault(text.rpartition("extra ==")[2].strip(" '\""), []).append(need)
+    for extra, need in _optional(stated):
+        by_extra.setdefault(extra, []).append(need)
     wanted = {extra: why for config in configs for extra, why in needed_extras(config).items()}
     findings = []
-    for extra in sorted(by_extra.keys() - set(NO_FEATURE)):
+    for extra in sorted(by_extra):
         missing = [need.name for need in by_extra[extra] if (found := installed(need.name)) is None]
         old = [
             f"{need.name} {found}, expected {need.specifier}"
@@ -99,6 +97,15 @@ def _extras(stated: Sequence[Requirement], configs: Sequence[RunConfig]) -> list
             named = ", ".join(f"{need.name} {installed(need.name)}" for need in by_extra[extra])
             findings.append(Finding(f"extra {extra}", "ok", named))
     return findings
+
+
+def _optional(stated: Sequence[Requirement]) -> Iterator[tuple[str, Requirement]]:
+    """Yields the extras that users take, with what each asks for."""
+    for need in stated:
+        text = str(need.marker or "")
+        extra = text.rpartition("extra ==")[2].strip(" '\"")
+        if "extra ==" in text and extra not in NO_FEATURE:
+            yield extra, need
 
 
 def needed_extras(config: RunConfig) -> dict[str, str]:
@@ -131,4 +138,4 @@ def _contradictions(names: Sequence[str]) -> list[Finding]:
                 unmet.append(f"{name} asks for {need.name}{need.specifier}, here is {found or 'none'}")
     if unmet:
         return [Finding("requirements", "warn", text, "make install for versions that agree") for text in unmet]
-    return [Finding("requirements", "ok", "those of all packages above are met")]
+    return [Finding("requirements", "ok", "those of all these packages are met")]
