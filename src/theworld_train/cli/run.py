@@ -37,8 +37,6 @@ def run(
     A pipeline that was stopped or killed goes on where it was when it is run again. Exit codes: 0 if all is done, 2 if
     something is wrong with the input, 75 if a signal has stopped it and all is saved, else that of the failed stage.
 
-    Exit codes: 0 all stages are complete, 75 stopped by a signal and saved, or that of the stage that has failed.
-
     Example:
         theworld-train run configs/pipelines/quickstart.yaml --until vision output_dir=runs/second-try
     """

@@ -99,7 +99,7 @@ def test_wrong_input_is_named_with_exit_code_2_and_leaves_nothing_behind(words, 
 def test_help_tells_exit_codes_and_every_option(name, call):
     code, out, _ = call(name, "--help")
     assert code == 0
-    text = " ".join(out.split())
+    text = f"{' '.join(out.split())} "
     stated = re.search(r"Exit codes: (.*?)\. ", text)
     assert stated, text
     assert [code for code in COMMON if not re.search(rf"\b{code} \w", stated[1])] == [], stated[1]
@@ -113,3 +113,5 @@ def test_exit_codes_of_a_command_are_completed():
     assert with_exit_codes("Do.") == f"Do.\n\nExit codes: {common}"
     own = "Do.\n\nExit codes: 0 all right, 1 some\n    wrong, 75 or 130 stopped.\n\nExample:\n    x"
     assert "75 or 130 stopped, 2 wrong input.\n\nExample:" in with_exit_codes(own)
+    longer = "Do.\n\nIt goes on. Exit codes: 0 all right,\n1, 2 and 130 wrong. Or not, of step 3. \n\nExample:\n    x"
+    assert with_exit_codes(longer) == longer
