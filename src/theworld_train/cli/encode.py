@@ -33,10 +33,12 @@ def encode(
     with quiet_other_ranks():
         path, config = one_run_config("encode", paths, overrides)
         offline()
-        config = at_hand(path, config)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from theworld_train.cli.tables import output
+        from theworld_train.encode import chosen_encoders
         from theworld_train.encode import encode as run
 
+        chosen_encoders(config, only or ())  # what is wrong with the call is told before what is missing here
+        config = at_hand(path, config)
         for kept in run(config, output(), only or (), verify=verify):
             output().print(str(kept), highlight=False, markup=False, soft_wrap=True)
