@@ -25,8 +25,8 @@ CLI_HEAD = """\
 options, config files and names from then on; `--show-completion` prints the script instead.
 
 Arguments that hold a `=` override keys of the config, whose reference is [config.md](config.md): `optimizer.lr=3e-4`,
-`'data.eval=null'`, `'trainable={{world_projector: {{lr: 1e-3}}}}'`; the value is YAML. A key that is given twice with
-two values, or a section that is given after one of its keys, is an error: there is no last one that wins.
+`'data.eval=null'`, `'trainable={{world_projector: {{lr: 1e-3}}}}'`; the value is YAML. Where a key is given
+twice the last one wins, and a section wins over those of its keys that were given before it.
 
 Wrong input is refused before anything starts, with all problems at once: file, dotted key, what was expected, the
 value, and the nearest name that there is. After an exit code of 2 the same command fails again. All commands have:

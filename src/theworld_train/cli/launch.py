@@ -50,8 +50,7 @@ def launch(
 
         offline()
         resolved = resolve_strategy(config, nproc * nnodes)
-        others = [text for text in overrides if not text.startswith("runtime.strategy=")]
-        overrides = [*others, f"runtime.strategy={resolved.runtime.strategy}"]
+        overrides = [*overrides, f"runtime.strategy={resolved.runtime.strategy}"]
         command = launch_command(resolved, path, overrides, topology, grace_s)
     if print_only:
         typer.echo(str(command))

@@ -16,12 +16,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from theworld_train.config.credentials import looks_secret, secret_problem, take_out_secrets
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.outline import Outline
-from theworld_train.config.reading import KeyPath, dotted, read_file, read_text
+from theworld_train.config.reading import KeyPath, read_file, read_text
 
 COMMAND_LINE = "command line"
 
@@ -154,7 +154,7 @@ def read_layers(path: str, findings: Findings) -> list[Layer]:
 
 
 def override_layer(overrides: Overrides, outline: Outline, source: str, findings: Findings) -> Layer:
-    """Makes a layer of overrides; one that would undo another of them is refused.
+    """Makes a layer of overrides; a later one wins over an earlier one, and a section over its keys.
 
     Args:
         overrides: `key=value` texts, whose values are YAML, or dotted keys and plain values.
@@ -167,7 +167,6 @@ def override_layer(overrides: Overrides, outline: Outline, source: str, findings
     """
     tree: dict[str, object] = {}
     whole: set[KeyPath] = set()
-    given: dict[KeyPath, object] = {}
     for key, value in _assignments(overrides, source, findings):
         path = tuple(key.split("."))
         if looks_secret(key, value):
@@ -176,10 +175,7 @@ def override_layer(overrides: Overrides, outline: Outline, source: str, findings
             findings.add(path, Problem("`extends` is for files, it cannot be overridden", source=source, key=key))
         elif not outline.knows(path):
             findings.add(path, Problem("unknown key", source=source, key=key, hint=outline.suggest(path)))
-        elif undone := _undone(path, value, given):
-            findings.add(path, replace(undone, source=source))
         else:
-            given[path] = value
             _set(tree, path, value)
             if path[0] in _TRAINABLE and isinstance(value, dict):
                 whole.add(path)
@@ -298,21 +294,6 @@ def _set(tree: dict[str, object], path: Sequence[str], value: object) -> None:
             inner = tree[part] = {}
         tree = inner
     tree[path[-1]] = value
-
-
-def _undone(path: KeyPath, value: object, given: Mapping[KeyPath, object]) -> Problem | None:
-    """Says which of the overrides before it one would undo: the same key, or one inside of the section that it states.
-
-    Two that say the same are one; `optimizer.lr=1e-4` after `optimizer={...}` changes it, which is what it is for.
-    """
-    key = dotted(path)
-    if path in given and given[path] != value:
-        return Problem(f"is given twice: {given[path]!r} and {value!r}", key=key, hint="leave one of them out")
-    inside = [known for known in given if known != path and known[: len(path)] == path]
-    if inside:
-        undone = ", ".join(dotted(known) for known in inside)
-        return Problem(f"would undo {undone}, given before it", key=key, hint=f"put {key} first")
-    return None
 
 
 def _replaces(old: dict[str, object], new: dict[str, object], path: KeyPath, layer: Layer) -> bool:
