@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from theworld_train.config.components import Component
-
 #: Label of positions that are not supervised, as in PyTorch's cross entropy.
 IGNORE_INDEX = -100
 
@@ -48,6 +46,7 @@ class EncodedSample:
         image_states: for each image its `(1, patches, vision hidden size)` if it is known, or None; empty if images
             have not been looked up.
         world_latents: for each world block its `(latent frames, channels, height / 8, width / 8)`, likewise.
+        world_offsets: for each world block, known or not, the offset of its first latent frame from the present.
     """
 
     input_ids: Tensor
@@ -60,6 +59,7 @@ class EncodedSample:
     trimmed: int = 0
     image_states: tuple[Tensor | None, ...] = ()
     world_latents: tuple[Tensor | None, ...] = ()
+    world_offsets: tuple[int, ...] = ()
 
 
 class Known(Protocol):
@@ -70,8 +70,10 @@ class Known(Protocol):
         ...
 
 
-#: What is known, by frozen encoder; one that is absent is not looked up.
-KnownEncodings = Mapping[Component, Known]
+#: Kind of what is known of an image's future: its own latent frame, and those that have been generated from it.
+ROLLOUT = "rollout"
+#: What is known, by frozen encoder, and of futures; one that is absent is not looked up.
+KnownEncodings = Mapping[str, Known]
 
 
 class Encoder(Protocol):
@@ -118,6 +120,8 @@ class Batch:
         world_frames: `(frames, 3, height, width)` float32 in [-1, 1], the frames of all world blocks in order, but for
             blocks that are known; or None without any.
         world_frame_counts: number of frames of each world block, known or not.
+        world_offsets: offset of the first latent frame of each world block from the present; if empty, every block ends
+            in the present.
         sample_ids: id of each sample.
         kinds: kind of question of each sample, for metrics by kind.
         position_ids: `(batch, sequence)` int64, where rows hold several samples: of each token in its own one.
@@ -142,6 +146,7 @@ class Batch:
     images_known: tuple[bool, ...] = ()
     world_latents: Tensor | None = None
     blocks_known: tuple[bool, ...] = ()
+    world_offsets: tuple[int, ...] = ()
 
     @property
     def num_images(self) -> int:

@@ -78,7 +78,7 @@ def _linear(in_features: int, out_features: int) -> int:
 
 
 def _world_tokens(resolution: int, frames: int = 1) -> int:
-    return tokens.world_tokens("spatial", resolution, VideoVae().z_dim, frames)
+    return tokens.world_tokens("spatial", resolution, VideoVae().z_dim, frames, pool=1)
 
 
 def _kv_bytes_per_token(name: str) -> int:

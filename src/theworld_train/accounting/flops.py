@@ -59,6 +59,7 @@ class StepModel:
         layout: What a world token is.
         latent_channels: Channels of a latent.
         resolution: Pixels along a side of a world frame.
+        pool: Latent cells along a side of the squares that are averaged before projection.
     """
 
     language_model: Decoder
@@ -69,6 +70,7 @@ class StepModel:
     layout: Literal["spatial", "channel"] = "spatial"
     latent_channels: int = 16
     resolution: int = 512
+    pool: int = 1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str = "config.json") -> StepModel:
@@ -100,13 +102,14 @@ class StepModel:
             layout=config["world_tokens"],
             latent_channels=vae.z_dim,
             resolution=int(config["world_resolution"]),
+            pool=int(config.get("world_pool", 1)),
         )
 
     def world_tokens(self, frames: int) -> int:
         """World tokens of an image (`frames=1`) or clip; 0 without a world path."""
         if self.world_encoder is None:
             return 0
-        return world_tokens(self.layout, self.resolution, self.latent_channels, frames)
+        return world_tokens(self.layout, self.resolution, self.latent_channels, frames, pool=self.pool)
 
     @property
     def parameters(self) -> dict[Component, int]:
@@ -122,7 +125,7 @@ class StepModel:
         }
         if self.world_encoder is not None:
             hidden = text.hidden_size
-            features = world_features(self.layout, self.resolution, self.latent_channels)
+            features = world_features(self.layout, self.resolution, self.latent_channels, pool=self.pool)
             vae = self.world_encoder
             counts[Component.WORLD_ENCODER] = vae.component("encoder") + vae.component("quant_conv")
             counts[Component.WORLD_PROJECTOR] = (features + 1) * hidden
@@ -315,7 +318,7 @@ def _world(model: StepModel, shape: StepShape, settings: StepSettings, attention
     yield from _encoder(Component.WORLD_ENCODER, pieces, settings, precision)
     first, rest = world_projector_pieces(
         model.projection,
-        world_features(model.layout, model.resolution, model.latent_channels),
+        world_features(model.layout, model.resolution, model.latent_channels, pool=model.pool),
         model.language_model.hidden_size,
         blocks * model.world_tokens(shape.frames),
         _SIZE[settings.precision],

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from theworld_train.assemble.model import attention_of, describe_model
+from theworld_train.batch import ROLLOUT
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
-from theworld_train.encoded_files import KEY, SUFFIX, EncodedFiles, Recipe, refuse_stale
+from theworld_train.encoded_files import KEY, SUFFIX, EncodedFiles, Recipe, recipes_in, refuse_stale
 from theworld_train.model import TheWorldForConditionalGeneration, TheWorldProcessor
 from theworld_train.model.components import TRAITS, component_parameters
 from theworld_train.model.digest import combined_digest
@@ -70,13 +71,60 @@ def recipe_of(
     return Recipe(component.value, {WEIGHTS: weights, **values})
 
 
+def _read_kinds(config: RunConfig) -> tuple[str, ...]:
+    """Returns the kinds of entries that a run may read."""
+    rollouts = (ROLLOUT,) if config.data.world.frames == "rollout" and config.model.world.enabled else ()
+    return (*frozen_encoders(config), *rollouts)
+
+
+def find_rollouts(
+    config: RunConfig, processor: TheWorldProcessor, model: TheWorldForConditionalGeneration | None = None
+) -> Recipe:
+    """Returns the recipe of the rollouts that a run reads: the one of its own world encoder.
+
+    Args:
+        config: The run config, whose `data.world.frames` is `rollout`.
+        processor: Of the run.
+        model: As the run starts with it; without one, the weights of its world encoder are not compared.
+
+    Raises:
+        ConfigError: If there is none, or there are several.
+    """
+    assert config.data.encoded is not None
+    encoder = recipe_of(Component.WORLD_ENCODER, config, processor, model).values
+    ours = {f"encoder.{name}": value for name, value in encoder.items() if model is not None or name != WEIGHTS}
+    recipes = recipes_in(Path(config.data.encoded), ROLLOUT)
+    differing = [
+        {name: (recipe.values.get(name), ours[name]) for name in ours if recipe.values.get(name) != ours[name]}
+        for recipe in recipes
+    ]
+    fitting = [recipe for recipe, found in zip(recipes, differing, strict=True) if not found]
+    value = config.data.encoded
+    if not recipes:
+        message = "holds no rollouts, which data.world.frames: rollout reads"
+        raise ConfigError(Problem(message, key=KEY, value=value, hint="choose image, history or future"))
+    if not fitting:
+        raise ConfigError(
+            [
+                Problem(f"its rollouts differ in {name}: {theirs!r} there, {own!r} in this run", key=KEY, value=value)
+                for name, (theirs, own) in min(differing, key=len).items()
+            ]
+        )
+    # Before the weights are known, rollouts of several world encoders may seem to fit.
+    if model is not None and len(fitting) > 1:
+        names = sorted({name for recipe in fitting[1:] for name in fitting[0].differences(recipe)})
+        message = f"holds {len(fitting)} sets of rollouts, which differ in {', '.join(names)}"
+        raise ConfigError(Problem(message, key=KEY, value=value, hint="keep one of them in this directory"))
+    return fitting[0]
+
+
 def check_encoded(config: RunConfig, processor: TheWorldProcessor) -> None:
     """Compares what `data.encoded` holds with a run, as far as that can be done before a model is loaded.
 
     Raises:
         ConfigError: If there is no such directory, or what it holds is stale.
     """
-    if config.data.encoded is None or not frozen_encoders(config):
+    if config.data.encoded is None or not _read_kinds(config):
         return
     directory = Path(config.data.encoded)
     if not directory.is_dir():
@@ -85,12 +133,14 @@ def check_encoded(config: RunConfig, processor: TheWorldProcessor) -> None:
         raise ConfigError(Problem(message, key=KEY, value=config.data.encoded, hint=hint))
     for component in frozen_encoders(config):
         refuse_stale(directory, recipe_of(component, config, processor), unknown=[WEIGHTS])
+    if ROLLOUT in _read_kinds(config):
+        find_rollouts(config, processor)
 
 
 def open_encoded(
     config: RunConfig, processor: TheWorldProcessor, model: TheWorldForConditionalGeneration
-) -> dict[Component, EncodedFiles] | None:
-    """Opens the entries that a run may read: those of its frozen encoders; None if it keeps none at all.
+) -> dict[str, EncodedFiles] | None:
+    """Opens the entries that a run may read: those of its frozen encoders, and rollouts; None if it keeps none at all.
 
     Args:
         config: The run config.
@@ -107,16 +157,31 @@ def open_encoded(
     for component in frozen_encoders(config):
         recipe = recipe_of(component, config, processor, model)
         refuse_stale(directory, recipe)
-        opened[component] = EncodedFiles(recipe.folder(directory))
-    return opened
+        opened[component.value] = EncodedFiles(recipe.folder(directory))
+    return opened | open_rollouts(config, processor, model)
+
+
+def open_rollouts(
+    config: RunConfig, processor: TheWorldProcessor, model: TheWorldForConditionalGeneration
+) -> dict[str, EncodedFiles]:
+    """Opens the rollouts that a run reads, if it does; arguments and errors as of `open_encoded`."""
+    if ROLLOUT not in _read_kinds(config):
+        return {}
+    assert config.data.encoded is not None
+    recipe = find_rollouts(config, processor, model)
+    return {ROLLOUT: EncodedFiles(recipe.folder(Path(config.data.encoded)))}
 
 
 def kept_encoders(config: RunConfig) -> frozenset[Component]:
-    """Returns the frozen encoders of whose work `data.encoded` holds something; whether it fits, a run finds out."""
+    """Returns the frozen encoders of whose work `data.encoded` holds something; whether it fits, a run finds out.
+
+    A rollout stands for the work of the world encoder.
+    """
     if config.data.encoded is None:
         return frozenset()
     directory = Path(config.data.encoded)
-    return frozenset(c for c in frozen_encoders(config) if any(directory.glob(f"{c.value}-*/*{SUFFIX}")))
+    kept = {c for c in frozen_encoders(config) if any(directory.glob(f"{c.value}-*/*{SUFFIX}"))}
+    return frozenset(kept | ({Component.WORLD_ENCODER} if ROLLOUT in _read_kinds(config) else set()))
 
 
 def _hash(values: dict[str, Any]) -> str:

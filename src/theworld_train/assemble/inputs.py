@@ -90,8 +90,9 @@ def open_inputs(config: RunConfig, *, allow_wrong_rows: bool = False) -> Inputs:
     Raises:
         ConfigError: With everything that is wrong.
     """
-    train = open_source(config.data.train)
-    held_out = None if config.data.eval is None else open_source(config.data.eval)
+    world = config.data.world
+    train = open_source(config.data.train, world)
+    held_out = None if config.data.eval is None else open_source(config.data.eval, world)
     sources = [train] if held_out is None else [train, held_out]
     excluded = read_exclusions(Path(path) for path in config.data.exclude)
     allowed = None if allow_wrong_rows else config.data.max_bad_samples
@@ -115,7 +116,7 @@ def open_evaluation_inputs(config: RunConfig) -> EvaluationInputs:
         ConfigError: With everything that is wrong.
     """
     assert config.data.eval is not None
-    held_out = open_source(config.data.eval)
+    held_out = open_source(config.data.eval, config.data.world)
     collator = _check_inputs(config, [held_out], _held_out_problems(held_out))
     check_metrics(config, held_out)
     return EvaluationInputs(collator, held_out)
@@ -232,6 +233,7 @@ def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldP
             world_resolution=world.resolution,
             world_resize=world.resize,
             world_tokens=world.tokens,
+            world_pool=world.pool,
         )
     except (OSError, ValueError) as error:  # the hub refuses a name that is no repository with a ValueError
         raise ConfigError(
@@ -243,7 +245,7 @@ def open_processor(config: RunConfig, *, enable_world: bool = True) -> TheWorldP
 def _default_length(config: RunConfig, processor: TheWorldProcessor) -> int:
     """Returns the tokens of the largest image or clip and of some text, within the base's context length."""
     base = AutoConfig.from_pretrained(config.model.base, revision=config.model.revision or "main")
-    frames = max(frames_of(config.data.train), frames_of(config.data.eval))
+    frames = max(frames_of(data, config.data.world) for data in (config.data.train, config.data.eval))
     context = int(base.get_text_config().max_position_embeddings)
     return min(context, processor.num_visual_tokens(frames) + DEFAULT_TEXT)
 

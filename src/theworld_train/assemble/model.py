@@ -81,6 +81,7 @@ def load_model(
         tokens=world.tokens,
         resolution=world.resolution,
         resize=world.resize,
+        pool=world.pool,
         max_world_steps=world.max_world_steps,
         dtype="auto",
     )
@@ -118,6 +119,7 @@ def describe_model(config: RunConfig) -> TheWorldConfig:
         world_projection=world.projection,
         world_tokens=world.tokens,
         world_resolution=world.resolution,
+        world_pool=world.pool,
         max_world_steps=world.max_world_steps,
     )
     architecture._attn_implementation = attention_of(config)

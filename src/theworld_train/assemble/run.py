@@ -22,7 +22,6 @@ from theworld_train.assemble.saver import RunSaver
 from theworld_train.assemble.steps import prepare
 from theworld_train.checkpoint_files import checkpoints, resolve_checkpoint
 from theworld_train.config import dump_config, load_run_config
-from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import (
@@ -338,11 +337,11 @@ def _announce_wrong_rows(config: RunConfig, check: Check, console: Console) -> N
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _announce_encoded(config: RunConfig, known: Mapping[Component, EncodedFiles] | None, console: Console) -> None:
+def _announce_encoded(config: RunConfig, known: Mapping[str, EncodedFiles] | None, console: Console) -> None:
     """Prints what is read of the frozen encoders' work, if any is to be."""
     if known is None:
         return
-    held = [f"{len(files):,} entries of {component.value}" for component, files in known.items()]
+    held = [f"{len(files):,} entries of {kind}" for kind, files in known.items()]
     said = ", ".join(held) or "nothing, as every encoder trains"
     console.print(
         f"{config.name}: reads {said} from {config.data.encoded}", highlight=False, markup=False, soft_wrap=True

@@ -13,7 +13,6 @@ from theworld_train.accounting.ledger import ParameterLedger
 from theworld_train.assemble.encoded import open_encoded
 from theworld_train.assemble.inputs import Inputs, max_steps
 from theworld_train.assemble.model import LoadedModel, build_stage, load_model, move
-from theworld_train.config.components import Component
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import Batching, Window, measure_lengths, part_ends, training_batches
 from theworld_train.encoded_files import EncodedFiles
@@ -44,7 +43,7 @@ class ReadySteps:
 
     loaded: LoadedModel
     inputs: Inputs
-    known: Mapping[Component, EncodedFiles] | None
+    known: Mapping[str, EncodedFiles] | None
     ledger: ParameterLedger
     stage: StageModule
     engine: Engine

@@ -21,7 +21,7 @@ from theworld_train.config.section import (
     Section,
     Seed,
 )
-from theworld_train.config.sources import Source, TrainingData, frames_of
+from theworld_train.config.sources import AS_GIVEN, Source, TrainingData, WorldFrames, frames_of, frames_problem
 
 
 class WorldConfig(Section):
@@ -45,12 +45,20 @@ class WorldConfig(Section):
     """How frames that are not square are fitted."""
     max_world_steps: NonNegativeInt = 4
     """Largest distance from the present, in latent frames, that the temporal embedding covers."""
+    pool: Literal[1, 2, 4] = 1
+    """Average latents over squares of so many cells a side before projection: a `spatial` block has pool^2 times fewer
+    tokens."""
 
     @model_validator(mode="after")
     def _check_resolution(self) -> WorldConfig:
         if self.resolution % 8:
             raise ValueError(
                 f"resolution must be a multiple of 8, as the VAE compresses space by 8, got {self.resolution}"
+            )
+        if self.resolution // 8 % self.pool:
+            raise ValueError(
+                f"pool must divide the {self.resolution // 8} latent cells along a side of {self.resolution} pixels, "
+                f"got {self.pool}"
             )
         return self
 
@@ -113,6 +121,8 @@ class DataSection(Section):
     """Training samples."""
     eval: Source | None = None
     """Held-out samples."""
+    world: WorldFrames = AS_GIVEN
+    """Which moments a world block holds."""
     max_sequence_length: PositiveInt | None = None
     """Tokens that a sample may have, image and world tokens included; if absent, the largest image or clip and 2,048
     more."""
@@ -129,6 +139,18 @@ class DataSection(Section):
     encoded: Path | None = None
     """Directory that `theworld-train encode` fills with what frozen encoders make of images and clips. Training reads
     it and encodes what it does not hold, each picture alone; if absent, whole micro-batches are encoded."""
+
+    @model_validator(mode="after")
+    def _check_world(self) -> DataSection:
+        problems = [
+            frames_problem(self.train, self.world, "data.train"),
+            frames_problem(self.eval, self.world, "data.eval"),
+        ]
+        if found := [problem for problem in problems if problem]:
+            raise ValueError("; ".join(found))
+        if self.world.frames == "rollout" and self.encoded is None:
+            raise ValueError("world.frames: rollout reads what has been generated from data.encoded, which is not set")
+        return self
 
 
 OptimizerName = Literal["adamw", "adamw_8bit"]
@@ -442,12 +464,6 @@ class RunConfig(Section):
                 raise ValueError(
                     f"{component.value} takes no adapter, only {' and '.join(adaptable)} do: train it whole"
                 )
-        for name, source in (("train", self.data.train), ("eval", self.data.eval)):
-            if self.model.world.enabled and (frames := frames_of(source)) > 1 + 4 * self.model.world.max_world_steps:
-                raise ValueError(
-                    f"data.{name} has clips of {frames} frames, reaching {(frames - 1) // 4} latent frames back, but "
-                    f"model.world.max_world_steps is {self.model.world.max_world_steps}"
-                )
         if self.resume and self.init_from and self.resume != "latest":
             raise ValueError("resume continues a run, init_from starts one: set only one of them")
         return self
@@ -470,6 +486,24 @@ class RunConfig(Section):
                 raise ValueError(
                     f"training.{name} reads {gate.metric}, measured at the end alone: set evaluation.every_steps"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_world(self) -> RunConfig:
+        most = self.model.world.max_world_steps
+        for name, source in (("train", self.data.train), ("eval", self.data.eval)):
+            steps = (frames_of(source, self.data.world) - 1) // 4
+            if self.model.world.enabled and steps > most:
+                stated = self.data.world.steps is not None
+                what = f"data.world.steps is {steps}" if stated else f"data.{name} has clips of {1 + 4 * steps} frames"
+                raise ValueError(
+                    f"{what}, reaching {steps} latent frames from the present, but "
+                    f"model.world.max_world_steps is {most}"
+                )
+        if self.data.world.frames == "rollout" and Component.WORLD_ENCODER in self.trainable:
+            raise ValueError(
+                "data.world.frames: rollout reads latents of a frozen world encoder, and world_encoder is in trainable"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,12 +6,70 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from theworld_train.config.section import Fraction, Name, Path, PositiveFloat, PositiveInt, Repository, Section, Seed
+from theworld_train.config.section import (
+    Fraction,
+    Name,
+    NonNegativeInt,
+    Path,
+    PositiveFloat,
+    PositiveInt,
+    Repository,
+    Section,
+    Seed,
+)
 
 #: Files of a dataset's repository that a stream is read from; its card says which of them belong to which split.
 STREAM_FILES = ("*.parquet", "README.md")
 
 Questions = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+FrameChoice = Literal["image", "history", "future", "rollout"]
+
+
+class WorldFrames(Section):
+    """Which moments a world block holds besides the present, and where they come from."""
+
+    frames: FrameChoice = "history"
+    """`image`: none, the present alone; `history`: a clip that ends in the present; `future`: what a clip shows from
+    the present on; `rollout`: what has been generated from the present, read from `data.encoded`. The vision tower sees
+    the present alone. An image has neither history nor future, and stays an image."""
+    steps: NonNegativeInt | None = None
+    """Latent frames besides the present, k: a clip gives 1 + 4k frames, or the sample is left out. If absent, as many
+    as a clip has, up to the `max_video_frames` of its source; a rollout needs the number."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> WorldFrames:
+        if self.frames == "image" and self.steps:
+            raise ValueError(
+                f"frames: image holds the present alone, and steps is {self.steps}: set steps to 0 or null"
+            )
+        if self.frames == "rollout" and not self.steps:
+            raise ValueError("frames: rollout needs steps, the latent frames that follow the present; at least 1")
+        return self
+
+    def taken(self, most: int) -> int:
+        """Returns how many frames are taken of a clip at most, 1 + 4k, if its source gives `most` unless told."""
+        if self.frames in ("image", "rollout"):
+            return 1
+        return most if self.steps is None else 1 + 4 * self.steps
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a clip with fewer frames is of no use."""
+        return self.frames in ("history", "future") and self.steps is not None
+
+    @property
+    def wants_later(self) -> bool:
+        """Whether frames behind the present are taken."""
+        return self.frames == "future" and self.steps != 0
+
+    @property
+    def wants_earlier(self) -> bool:
+        """Whether so many frames before the present are needed."""
+        return self.frames == "history" and bool(self.steps)
+
+
+#: The frames that sources give unless they are told otherwise: images, and clips as history.
+AS_GIVEN = WorldFrames()
 
 
 class FileSource(Section):
@@ -29,12 +87,15 @@ class ClipRules(Section):
     """Base of the sources with clips: which of a clip's frames are taken."""
 
     max_video_frames: PositiveInt = 9
-    """Most frames taken from a clip, 1 + 4k of them; they end in its last frame, and are spread evenly over the clip
-    unless `window_s` or `sample_fps` says otherwise."""
+    """Most frames taken from a clip, 1 + 4k of them, unless `data.world.steps` states the number; they end in the
+    present, and are spread evenly over the clip unless `window_s` or `sample_fps` says otherwise."""
+    present: Fraction = 1.0
+    """Where in a clip the present lies, the moment that the vision tower sees: 0 is its first frame, 1 its last.
+    History is taken from what is before it, `data.world.frames: future` from what is behind it."""
     window_s: PositiveFloat | None = None
-    """Take the frames from the last so many seconds of the clip alone, spread evenly over them."""
+    """Take the frames from the so many seconds next to the present alone, spread evenly over them."""
     sample_fps: PositiveFloat | None = None
-    """Take so many frames a second, counted back from the last frame; a clip of fewer frames a second gives all."""
+    """Take so many frames a second, counted from the present; a clip of fewer frames a second gives all."""
     directory_fps: PositiveFloat | None = None
     """Frames a second of clips that are given as directories or lists of frames, which do not tell it themselves."""
 
@@ -191,16 +252,21 @@ class MovingDigitsSource(Section):
     """Which scans are used: the held-out digits appear in `eval` alone."""
     samples: PositiveInt
     """Number of samples."""
-    questions: tuple[Literal["direction", "digit"], ...] = ("direction", "digit")
-    """Kinds of question, taken in turn."""
+    questions: tuple[Literal["direction", "digit", "where_next"], ...] = ("direction", "digit")
+    """Kinds of question, taken in turn. `where_next` asks in which ninth of the canvas the digit's centre will be in
+    the last of the `later_frames`."""
     frames: PositiveInt = 9
-    """Frames of a clip, 1 + 4k."""
+    """Frames of a clip up to the present, 1 + 4k."""
+    later_frames: NonNegativeInt = 0
+    """Frames of a clip behind the present, 4k, which `data.world.frames: future` shows."""
     canvas: Annotated[int, Field(ge=16, le=4096)] = 64
-    """Side of the canvas in pixels; a digit takes half of it, and its scan has 8."""
+    """Side of the canvas in pixels."""
+    digit: PositiveInt | None = None
+    """Side of a digit in pixels, whose scan has 8; half of the canvas if absent."""
     speed: PositiveInt = 6
     """Pixels that the digit moves between two frames."""
     grid: PositiveInt = 16
-    """In the last frame the digit stands at multiples of so many pixels; a small vision tower wants its patch size."""
+    """In the present the digit stands at multiples of so many pixels; a small vision tower wants its patch size."""
     plain_share: Fraction = 0.0
     """Share of the digit questions that come without world tokens, so that the model learns to answer without them."""
     seed: Seed = 0
@@ -210,9 +276,42 @@ class MovingDigitsSource(Section):
     def _check_clip(self) -> MovingDigitsSource:
         if (self.frames - 1) % 4:
             raise ValueError(f"frames must be 1 + 4k, as the VAE compresses time by 4, got {self.frames}")
+        if self.later_frames % 4:
+            raise ValueError(f"later_frames must be 4k, as the VAE compresses time by 4, got {self.later_frames}")
         if not self.questions:
             raise ValueError("questions must name at least one kind")
+        if self.digit_side > self.canvas:
+            raise ValueError(f"digit must not exceed the canvas of {self.canvas} pixels, got {self.digit}")
         return self
+
+    @model_validator(mode="after")
+    def _check_where_next(self) -> MovingDigitsSource:
+        if "where_next" not in self.questions:
+            return self
+        if not self.later_frames:
+            raise ValueError("the question where_next needs later_frames, behind which it asks; at least 4")
+        moved = self.speed * self.later_frames
+        if any(len({self.third(place + move) for move in (-moved, 0, moved)}) < 3 for place in self.places):
+            raise ValueError(
+                "the question where_next needs a motion that leads to another third of the canvas in each direction, "
+                f"or the present alone tells the answer; speed x later_frames is {moved} pixels on a canvas of "
+                f"{self.canvas}, on which a digit of {self.digit_side} stands at {', '.join(map(str, self.places))}"
+            )
+        return self
+
+    @property
+    def digit_side(self) -> int:
+        """Side of a digit in pixels."""
+        return round(self.canvas / 2) if self.digit is None else self.digit
+
+    @property
+    def places(self) -> range:
+        """Where a digit's left or upper edge can be in the present, in pixels."""
+        return range(0, self.canvas - self.digit_side + 1, self.grid)
+
+    def third(self, place: int) -> int:
+        """Returns the third of the canvas, from 0, that holds the centre of a digit whose edge is at a place."""
+        return (2 * place + self.digit_side) % (2 * self.canvas) * 3 // (2 * self.canvas)
 
 
 SourceSection = (
@@ -279,10 +378,49 @@ def leaf_sources(data: SourceSection | MixtureSource | None, key: str) -> dict[s
     return {} if data is None else {key: data}
 
 
-def frames_of(source: SourceSection | MixtureSource | None) -> int:
-    """Returns the most frames that a clip of a source has; 1 if it holds images alone."""
+def frames_of(source: SourceSection | MixtureSource | None, world: WorldFrames) -> int:
+    """Returns the most frames that a world block of a source spans, generated ones included; 1 for images alone."""
     if isinstance(source, MixtureSource):
-        return max(frames_of(part.data) for part in source.parts.values())
+        return max(frames_of(part.data, world) for part in source.parts.values())
+    if source is not None and world.frames == "rollout":
+        return 1 + 4 * (world.steps or 0)
     if isinstance(source, ClipRules):
-        return source.max_video_frames
-    return source.frames if isinstance(source, MovingDigitsSource) else 1
+        return world.taken(source.max_video_frames)
+    if isinstance(source, MovingDigitsSource):
+        return world.taken(1 + source.later_frames if world.frames == "future" else source.frames)
+    return 1
+
+
+def frames_problem(source: SourceSection | MixtureSource | None, world: WorldFrames, key: str) -> str | None:
+    """Returns why no clip of a source can give the frames that are asked for; None if some may, or none are asked for.
+
+    Args:
+        source: What `data.train` or `data.eval` holds.
+        world: What is asked for.
+        key: That key.
+    """
+    if not (world.wants_later or world.wants_earlier):
+        return None
+    reasons = [reason for name, leaf in leaf_sources(source, key).items() for reason in [_lacks(leaf, world, name)]]
+    return None if None in reasons or not reasons else reasons[0]
+
+
+def _lacks(source: SourceSection, world: WorldFrames, key: str) -> str | None:
+    """Returns why the clips of one source cannot give the frames that are asked for."""
+    asked = f"data.world.frames: {world.frames}"
+    if isinstance(source, MovingDigitsSource):
+        name, there = ("later_frames", source.later_frames) if world.wants_later else ("frames", source.frames)
+        needed = 4 * (world.steps or 1) + (0 if world.wants_later else 1)
+        if there < needed:
+            steps = "" if world.steps is None else f" with {world.steps} steps"
+            return f"{asked}{steps} needs {key}.{name} of at least {needed}, got {there}"
+        return None
+    if not isinstance(source, ClipRules):
+        return f"{asked} needs clips, and {key} is a source of images ({source.source})"
+    if source.present == (1.0 if world.wants_later else 0.0):
+        where, side = ("last", "later") if world.wants_later else ("first", "earlier")
+        return (
+            f"{asked} needs {side} frames, and {key}.present of {source.present:g} makes the {where} frame of each "
+            "clip the present"
+        )
+    return None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from theworld_train.config.sources import (
+    AS_GIVEN,
     ClipsSource,
     FileSource,
     HubSource,
     MixtureSource,
     SourceSection,
     WebDatasetSource,
+    WorldFrames,
 )
 from theworld_train.data.batching import Batching
 from theworld_train.data.collator import Collator
@@ -25,6 +27,7 @@ from theworld_train.data.loader import (
 )
 from theworld_train.data.mixture import MixedSource, MixtureOrder, part_ends, part_sizes, parts_of
 from theworld_train.data.order import Groups, Order, TrainingOrder, accumulation_steps
+from theworld_train.data.rollouts import RolloutSource
 from theworld_train.data.source import (
     ExcludedSampleError,
     MediaError,
@@ -74,34 +77,43 @@ __all__ = [
 ]
 
 
-def open_source(config: SourceSection | MixtureSource) -> Source:
+def open_source(config: SourceSection | MixtureSource, world: WorldFrames = AS_GIVEN) -> Source:
     """Opens the source that a section of the run config describes.
+
+    Args:
+        config: The section.
+        world: Which frames its samples hold.
 
     Raises:
         ConfigError: If it is missing or empty.
     """
-    # Each kind is imported when it is asked for: some of them need large packages that the others do without.
     if isinstance(config, MixtureSource):
-        return MixedSource({name: open_source(part.data) for name, part in config.parts.items()})
+        return MixedSource({name: open_source(part.data, world) for name, part in config.parts.items()})
+    source = _open_leaf(config, world)
+    return RolloutSource(source, world.steps) if world.frames == "rollout" and world.steps else source
+
+
+def _open_leaf(config: SourceSection, world: WorldFrames) -> Source:
+    # Each kind is imported when it is asked for: some of them need large packages that the others do without.
     if isinstance(config, FileSource):
         from theworld_train.data.files import open_file
 
-        return open_file(config)
+        return open_file(config, world)
     if isinstance(config, WebDatasetSource):
         from theworld_train.data.webdataset import open_shards
 
-        return open_shards(config)
+        return open_shards(config, world)
     if isinstance(config, ClipsSource):
         from theworld_train.data.clips import open_clips
 
-        return open_clips(config)
+        return open_clips(config, world)
     if isinstance(config, HubSource):
         from theworld_train.data.hub import open_hub
 
-        return open_hub(config)
+        return open_hub(config, world)
     from theworld_train.data.moving_digits import MovingDigits
 
-    return MovingDigits(config)
+    return MovingDigits(config, world)
 
 
 def training_order(config: SourceSection | MixtureSource, source: Source, seed: int, global_batch_size: int) -> Order:
@@ -124,4 +136,6 @@ def training_order(config: SourceSection | MixtureSource, source: Source, seed: 
 
 
 def _groups_of(source: Source) -> Groups | None:
+    if isinstance(source, RolloutSource):
+        return _groups_of(source.source)
     return source.groups if isinstance(source, Conversations) else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
-from theworld_train.config.sources import ClipsSource
+from theworld_train.config.sources import ClipsSource, WorldFrames
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.files import media_of
 from theworld_train.data.formats import Adapted
@@ -23,8 +23,8 @@ CLIP_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m4v
 FIELDS = ("answer", "question", "kind")
 
 
-def open_clips(config: ClipsSource) -> Conversations:
-    """Opens a folder of clips.
+def open_clips(config: ClipsSource, world: WorldFrames) -> Conversations:
+    """Opens a folder of clips, with the frames of theirs that are asked for.
 
     Raises:
         ConfigError: If there is no such folder, or it holds no clips.
@@ -38,7 +38,7 @@ def open_clips(config: ClipsSource) -> Conversations:
         layout = "FOLDER/CLIP, a folder for each answer" if config.answers == "folders" else "CLIP with CLIP.json"
         raise ConfigError(Problem("it holds no clips", source=config.path, hint=f"expected {layout}"))
     rows = ClipRows(root, names, answers_beside=config.answers == "files")
-    return Conversations(rows, media_of(config, root), ClipFormat(config.questions))
+    return Conversations(rows, media_of(config, root, world), ClipFormat(config.questions))
 
 
 class ClipRows:

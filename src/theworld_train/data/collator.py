@@ -129,6 +129,7 @@ class Collator:
             images_known=tuple(states is not None for states in image_states),
             world_latents=torch.cat(known_blocks) if known_blocks else None,
             blocks_known=tuple(latents is not None for latents in world_latents),
+            world_offsets=tuple(offset for item in encoded for offset in item.world_offsets),
         )
 
     def _pad(

@@ -16,6 +16,7 @@ from theworld_train.config.sources import (
     ShareGptSource,
     SpatialRgptSource,
     VsrSource,
+    WorldFrames,
 )
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.formats import LLAVA, SHAREGPT, CaptionFormat, Format, VsrFormat, own_format
@@ -27,8 +28,8 @@ from theworld_train.data.video import Timing
 TABLES = (".json", ".jsonl", ".parquet")
 
 
-def open_file(config: FileSource) -> Conversations:
-    """Opens a source whose rows are a file.
+def open_file(config: FileSource, world: WorldFrames) -> Conversations:
+    """Opens a source whose rows are a file, with the frames of its clips that are asked for.
 
     Raises:
         ConfigError: If the file is missing, empty or of another kind, or there is no such media root.
@@ -39,16 +40,23 @@ def open_file(config: FileSource) -> Conversations:
         existing_file(config.path, kinds.get(config.source, "a file of rows"))
     beside = path if path.is_dir() else path.parent
     root = beside if config.media_root is None else _root(config)
-    return Conversations(_rows(config, path), media_of(config, root), _format(config))
+    return Conversations(_rows(config, path), media_of(config, root, world), _format(config))
 
 
-def media_of(config: FileSource | ClipRules, root: Path | None) -> Media:
+def media_of(config: FileSource | ClipRules, root: Path | None, world: WorldFrames) -> Media:
     """Returns where the media of a source are, None if rows hold them, and which frames of its clips are taken."""
     resolved = None if root is None else root.resolve()
     if not isinstance(config, ClipRules):
         return Media(resolved)
-    timing = Timing(config.window_s, config.sample_fps, config.directory_fps)
-    return Media(resolved, config.max_video_frames, timing)
+    timing = Timing(
+        config.window_s,
+        config.sample_fps,
+        config.directory_fps,
+        present=config.present,
+        later=world.wants_later,
+        exact=world.is_exact,
+    )
+    return Media(resolved, world.taken(config.max_video_frames), timing)
 
 
 def _root(config: FileSource) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
-from theworld_train.config.sources import STREAM_FILES, HubSource
+from theworld_train.config.sources import STREAM_FILES, HubSource, WorldFrames
 from theworld_train.data.arrow import OWN_COLUMNS, ArrowRows, Places
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.files import media_of
@@ -27,8 +27,8 @@ FORMATS: dict[str, tuple[tuple[str, ...], Format]] = {
 FETCH_HINT = "fetch it once while the network is reachable: theworld-train fetch CONFIG"
 
 
-def open_hub(config: HubSource) -> Conversations:
-    """Opens a dataset, from the local cache alone if `HF_HUB_OFFLINE` is set.
+def open_hub(config: HubSource, world: WorldFrames) -> Conversations:
+    """Opens a dataset, from the local cache alone if `HF_HUB_OFFLINE` is set; its clips give the frames of `world`.
 
     Images are the bytes that the dataset holds: paths are refused, so that a dataset from elsewhere cannot read this
     machine's disk.
@@ -37,7 +37,7 @@ def open_hub(config: HubSource) -> Conversations:
         ConfigError: If it is not there, or has no conversations, or no rows.
     """
     if config.streaming:
-        return _open_stream(config)
+        return _open_stream(config, world)
     dataset = _open(config)
     (needed, *others), adapt = FORMATS[config.format]
     if needed not in dataset.column_names:
@@ -47,7 +47,7 @@ def open_hub(config: HubSource) -> Conversations:
         raise ConfigError(Problem(f"split {config.split!r} holds no rows", source=config.id))
     dataset = dataset.select_columns([needed, *(name for name in others if name in dataset.column_names)])
     places = Places((config.id,), (config.id,), np.array([len(dataset)]), ":{}")
-    return Conversations(ArrowRows(dataset, config.id, places), media_of(config, None), adapt)
+    return Conversations(ArrowRows(dataset, config.id, places), media_of(config, None, world), adapt)
 
 
 def fetch_dataset(config: HubSource) -> str | None:
@@ -67,7 +67,7 @@ def fetch_dataset(config: HubSource) -> str | None:
     return commit
 
 
-def _open_stream(config: HubSource) -> Conversations:
+def _open_stream(config: HubSource, world: WorldFrames) -> Conversations:
     """Opens the Parquet files of a directory, or of the snapshot of a repository in the local cache."""
     from theworld_train.data.streams import StreamedRows  # takes pyarrow along
 
@@ -75,7 +75,7 @@ def _open_stream(config: HubSource) -> Conversations:
     columns, adapt = FORMATS[config.format]
     shards = _shards(config, folder)
     labels = [f"{config.id}/{shard.relative_to(folder).as_posix()}" for shard in shards]
-    return Conversations(StreamedRows(config.id, shards, labels, columns), media_of(config, None), adapt)
+    return Conversations(StreamedRows(config.id, shards, labels, columns), media_of(config, None, world), adapt)
 
 
 def _snapshot(config: HubSource) -> Path:

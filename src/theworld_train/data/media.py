@@ -24,7 +24,7 @@ from theworld_train.data.video import (
     read_clip,
     read_frames,
     read_video,
-    select_frames,
+    select,
     video_length,
 )
 
@@ -86,7 +86,7 @@ class Media:
     Attributes:
         root: Directory that paths are relative to, resolved; None if the rows hold their images themselves, and paths
             are refused.
-        max_video_frames: Most frames taken from a clip.
+        max_video_frames: Frames that are taken from a clip at most.
         timing: Which stretch of a clip they come from.
     """
 
@@ -116,7 +116,7 @@ class Media:
             Messages in the chat template's format.
 
         Raises:
-            MediaError: If a medium is damaged or has gone missing.
+            MediaError: If a medium is damaged or has gone missing, or a clip is too short.
             RefusedMediumError: If a path is refused, or a clip lacks its frame rate.
         """
 
@@ -138,13 +138,13 @@ class Media:
                 return read_video(_read(data), adapted.own_key(part.key), self.max_video_frames, self.timing)
             return read_clip(self._locate_clip(entry), self.max_video_frames, self.timing)
 
-        return build_messages(conversation, image, video)
+        return build_messages(conversation, image, video, self._present)
 
     def outline(self, conversation: Conversation) -> list[dict[str, Any]]:
         """Renders a row with blanks for its media; of clips, only video files are opened, to count their frames.
 
         Raises:
-            MediaError: If a video file is damaged or has gone missing.
+            MediaError: If a video file is damaged or has gone missing, or a clip is too short.
             RefusedMediumError: If a path is refused, or a clip lacks its frame rate.
         """
 
@@ -152,14 +152,20 @@ class Media:
             timing, most = self.timing, self.max_video_frames
             if part.frames:
                 self._check_frame_rate()
-                return Blank(len(select_frames(len(part.frames), most, timing, timing.directory_fps)))
+                first = str(self._locate(part.frames[0]))
+                return Blank(len(select(first, len(part.frames), most, timing, timing.directory_fps)))
             entry = _entry(part, conversation)
             data = embedded(entry)
             if data is not None:
                 return Blank(video_length(_read(data), part.key, most, timing))
             return Blank(clip_length(self._locate_clip(entry), most, timing))
 
-        return build_messages(conversation, lambda _: Blank(), video)
+        return build_messages(conversation, lambda _: Blank(), video, self._present)
+
+    @property
+    def _present(self) -> int | None:
+        """Index of the present among the frames of a clip; None if it is the last one."""
+        return 0 if self.timing.later else None
 
     def holds_video_file(self, conversation: Conversation) -> bool:
         """Whether a row whose media were checked needs the package that decodes video files."""
@@ -235,15 +241,24 @@ def build_messages(
     conversation: Conversation,
     image: Callable[[ImagePart], Image.Image | Blank],
     video: Callable[[VideoPart], list[Image.Image] | Blank],
+    present: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Renders a parsed row in the chat template's format, its media loaded by the two functions."""
+    """Renders a parsed row in the chat template's format, its media loaded by the two functions.
+
+    Args:
+        conversation: The parsed row.
+        image: Loads an image.
+        video: Loads a clip.
+        present: Index of the present among the frames of each clip; the last one if None.
+    """
+    stated = {} if present is None else {"present": present}
 
     def content(part: TextPart | ImagePart | VideoPart) -> dict[str, Any]:
         if isinstance(part, TextPart):
             return {"type": "text", "text": part.text}
         if isinstance(part, ImagePart):
             return {"type": "image", "image": image(part)}
-        return {"type": "video", "video": video(part)}
+        return {"type": "video", "video": video(part), **stated}
 
     return [{"role": m.role, "content": [content(part) for part in m.parts]} for m in conversation.messages]
 

@@ -24,7 +24,8 @@ class Sample:
         kind: Group of the sample, for metrics by kind.
         messages: The conversation in Hugging Face's chat-template format: `{"role": ..., "content": [part, ...]}` with
             parts `{"type": "text", "text": str}`, `{"type": "image", "image": PIL image in RGB}` and
-            `{"type": "video", "video": [PIL image in RGB, ...]}`.
+            `{"type": "video", "video": [PIL image in RGB, ...]}`. A clip's last frame is the present, unless it states
+            the index of another as `present`. A visual part with `steps` has so many latent frames of generated future.
         world: Whether its visual parts have world tokens; without them it is a sample for plain Gemma 3.
     """
 

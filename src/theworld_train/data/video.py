@@ -28,17 +28,23 @@ CONTAINERS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi
 
 @dataclass(frozen=True)
 class Timing:
-    """Which stretch of a clip its frames are taken from, by time; at most one of the first two is set.
+    """Which stretch of a clip its frames are taken from; at most one of the first two is set.
 
     Attributes:
-        window_s: The last so many seconds; the whole clip if None.
-        sample_fps: So many frames a second, counted back from the last one; as many as fit if None.
+        window_s: The so many seconds next to the present; as far as the clip reaches if None.
+        sample_fps: So many frames a second, counted from the present; as many as fit if None.
         directory_fps: Frames a second of clips whose frames are single images; None if unknown.
+        present: Where in the clip the present lies, from 0 (its first frame) to 1 (its last).
+        later: Whether the frames are taken from the present on, and not up to it.
+        exact: Whether fewer frames than are asked for are refused.
     """
 
     window_s: float | None = None
     sample_fps: float | None = None
     directory_fps: float | None = None
+    present: float = 1.0
+    later: bool = False
+    exact: bool = False
 
     @property
     def is_needed(self) -> bool:
@@ -46,7 +52,7 @@ class Timing:
         return self.window_s is not None or self.sample_fps is not None
 
 
-#: Frames from the whole clip, whatever its frame rate.
+#: Frames from the whole clip up to its last one, whatever its frame rate.
 WHOLE_CLIP = Timing()
 
 
@@ -56,15 +62,33 @@ def select_frames(
     """Returns the indices of the frames that are taken from a clip.
 
     Their number is the largest 1 + 4k that neither exceeds what there is nor what is asked for, since the video VAE
-    keeps the first frame by itself and compresses the others by four. They are spread evenly and end in the last
-    frame, which is the present.
+    keeps the first frame by itself and compresses the others by four. They are spread evenly and end in the present,
+    or begin with it.
 
     Args:
         available: Frames of the clip, at least 1.
         max_frames: Frames that are asked for, at least 1.
         timing: Which stretch of the clip they come from.
         frame_rate: Frames of the clip a second; needed if `timing` depends on it.
+
+    Raises:
+        MediaError: If there are too few, and `timing` asks for the exact number.
     """
+    present = round(timing.present * (available - 1))
+    reach = available - present if timing.later else present + 1
+    found = _up_to_present(reach, max_frames, timing, frame_rate)
+    if timing.exact and len(found) < max_frames:
+        side = "from the present on" if timing.later else "up to the present"
+        sampled = f", of which the source's rule of time gives {len(found)}" if timing.is_needed else ""
+        steps = (max_frames - 1) // 4
+        message = f"has {reach} frames {side}{sampled}, and {steps} world steps need {max_frames}, 1 + 4 x {steps}"
+        raise MediaError(message)
+    # The future is taken by the same rule, looking the other way.
+    return [present + reach - 1 - index for index in reversed(found)] if timing.later else found
+
+
+def _up_to_present(available: int, max_frames: int, timing: Timing, frame_rate: float | None) -> list[int]:
+    """Returns the indices of frames that end in the last one of those that there are."""
     if not timing.is_needed:
         return _spread(0, available - 1, min(available, max_frames))
     assert frame_rate is not None, "whoever asks for a stretch in seconds knows the frame rate"
@@ -99,7 +123,7 @@ def read_clip(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> list[
         The frames that `select_frames` names, in RGB and upright.
 
     Raises:
-        MediaError: If the clip is damaged, of no known format, too large or empty; the message names it.
+        MediaError: If the clip is damaged, of no known format, too large, empty or too short; the message names it.
         ConfigError: If the package that decodes videos is missing.
     """
     if path.is_dir():
@@ -112,12 +136,12 @@ def read_video(file: Path | bytes, name: str, max_frames: int, timing: Timing = 
     _require_decoder(name)
     packets = _count_packets(file, name)
     frame_rate = _frame_rate(file, name) if timing.is_needed else None
-    frames, decoded = _decode(file, name, select_frames(max(packets, 1), max_frames, timing, frame_rate))
+    frames, decoded = _decode(file, name, select(name, max(packets, 1), max_frames, timing, frame_rate))
     if decoded != packets:
         # Some packets hold no frame, or several; only decoding tells, and then the choice is made again.
         if not decoded:
             raise MediaError(f"{name}: the video holds no frames")
-        frames, _ = _decode(file, name, select_frames(decoded, max_frames, timing, frame_rate))
+        frames, _ = _decode(file, name, select(name, decoded, max_frames, timing, frame_rate))
     return frames
 
 
@@ -134,7 +158,7 @@ def clip_length(path: Path, max_frames: int, timing: Timing = WHOLE_CLIP) -> int
         files = frame_files(path)
         if not files:
             raise MediaError(f"{path}: the directory holds no frames")
-        return len(select_frames(len(files), max_frames, timing, timing.directory_fps))
+        return len(select(str(path), len(files), max_frames, timing, timing.directory_fps))
     return video_length(path, str(path), max_frames, timing)
 
 
@@ -142,7 +166,7 @@ def video_length(file: Path | bytes, name: str, max_frames: int, timing: Timing 
     """Returns the frames that `read_video` takes, like `clip_length`."""
     _require_decoder(name)
     frame_rate = _frame_rate(file, name) if timing.is_needed else None
-    return len(select_frames(max(_count_packets(file, name), 1), max_frames, timing, frame_rate))
+    return len(select(name, max(_count_packets(file, name), 1), max_frames, timing, frame_rate))
 
 
 def read_frames(
@@ -151,7 +175,16 @@ def read_frames(
     """Reads a clip whose frames are image files, in the order given; `name` names the clip in errors."""
     if not paths:
         raise MediaError(f"{name}: the directory holds no frames")
-    return [open_image(paths[i]) for i in select_frames(len(paths), max_frames, timing, timing.directory_fps)]
+    selected = select(str(name or paths[0]), len(paths), max_frames, timing, timing.directory_fps)
+    return [open_image(paths[index]) for index in selected]
+
+
+def select(name: str, available: int, max_frames: int, timing: Timing, frame_rate: float | None) -> list[int]:
+    """Selects frames of a clip as `select_frames` does; errors name the clip, or the first of its frames."""
+    try:
+        return select_frames(available, max_frames, timing, frame_rate)
+    except MediaError as error:
+        raise MediaError(f"{name}: the clip {error}") from error
 
 
 def frame_files(directory: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.sources import WebDatasetSource
+from theworld_train.config.sources import WebDatasetSource, WorldFrames
 from theworld_train.data.conversations import Conversations
 from theworld_train.data.files import media_of
 from theworld_train.data.formats import LLAVA, Adapted, CaptionFormat, Format, own_format
@@ -42,8 +42,8 @@ MAX_VIDEO_BYTES = 512 * 2**20
 MAX_TEXT_BYTES = 16 * 2**20
 
 
-def open_shards(config: WebDatasetSource) -> Conversations:
-    """Opens a shard, or a directory of shards.
+def open_shards(config: WebDatasetSource, world: WorldFrames) -> Conversations:
+    """Opens a shard, or a directory of shards; their clips give the frames of `world`.
 
     Raises:
         ConfigError: If there are none, one is damaged or compressed, or it holds what is refused.
@@ -61,7 +61,7 @@ def open_shards(config: WebDatasetSource) -> Conversations:
             problems.append(Problem(str(error), source=str(shard), key=error.member))
     if problems:
         raise ConfigError(first_problems(problems, config.path))
-    return Conversations(ShardRows(shards, index, config.path), media_of(config, None), _format(config))
+    return Conversations(ShardRows(shards, index, config.path), media_of(config, None, world), _format(config))
 
 
 def _format(config: WebDatasetSource) -> Format:

@@ -24,6 +24,7 @@ class TheWorldConfig(Gemma3Config):
         world_tokens: `spatial` (a token for each latent cell) or `channel` (a token for each latent channel).
         world_resolution: Side in pixels of the square that frames are fitted to.
         world_resize: `pad`, `crop` or `stretch`.
+        world_pool: Latents are averaged over squares of so many cells a side before projection; 1, 2 or 4.
         max_world_steps: Largest distance from the present in latent frames.
         world_embedding_rms: RMS that projected tokens are scaled to: that of the base's text embeddings, measured once.
     """
@@ -36,6 +37,7 @@ class TheWorldConfig(Gemma3Config):
     world_tokens: str = "spatial"
     world_resolution: int = 512
     world_resize: str = "pad"
+    world_pool: int = 1
     max_world_steps: int = 4
     world_embedding_rms: float = 1.0
 
@@ -68,12 +70,14 @@ class TheWorldConfig(Gemma3Config):
     @property
     def world_tokens_per_frame(self) -> int:
         """World tokens of one latent frame."""
-        return world_tokens_per_frame(self.world_tokens, self.world_resolution, self.world_latent_channels)  # type: ignore[arg-type]
+        layout: Any = self.world_tokens
+        return world_tokens_per_frame(layout, self.world_resolution, self.world_latent_channels, pool=self.world_pool)
 
     @property
     def world_features(self) -> int:
         """Input features of the projection."""
-        return world_features(self.world_tokens, self.world_resolution, self.world_latent_channels)  # type: ignore[arg-type]
+        layout: Any = self.world_tokens
+        return world_features(layout, self.world_resolution, self.world_latent_channels, pool=self.world_pool)
 
     def validate_world(self) -> None:
         """Checks the world path's fields; called on construction by the strict dataclass.
@@ -88,10 +92,22 @@ class TheWorldConfig(Gemma3Config):
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_pool(self.world_pool, self.world_resolution)
         if self.world_resolution <= 0 or self.world_resolution % SPATIAL_COMPRESSION:
             raise ValueError(
                 f"world_resolution must be a multiple of {SPATIAL_COMPRESSION}, got {self.world_resolution}"
             )
+
+
+def check_pool(pool: int, resolution: int) -> None:
+    """Refuses squares of other sides than 1, 2 and 4 cells, or that do not fill a frame.
+
+    Raises:
+        ValueError: If so.
+    """
+    if pool not in (1, 2, 4) or resolution // SPATIAL_COMPRESSION % pool:
+        cells = resolution // SPATIAL_COMPRESSION
+        raise ValueError(f"world_pool must be 1, 2 or 4 and divide {cells} latent cells a side, got {pool}")
 
 
 __all__ = ["TheWorldConfig"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from os import PathLike
 from typing import Any
 
@@ -17,7 +18,7 @@ from theworld_train.model.pretrained import load_pretrained
 from theworld_train.model.world_encoder import WorldEncoder
 from theworld_train.model.world_projector import WorldProjector
 
-_WORLD_INPUTS = ("world_frames", "world_frame_counts")
+_WORLD_INPUTS = ("world_frames", "world_frame_counts", "world_offsets")
 
 
 class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
@@ -87,6 +88,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         image_features: Tensor | None = None,
         world_latents: Tensor | None = None,
         latent_counts: tuple[int, ...] = (),
+        world_offsets: tuple[int, ...] = (),
     ) -> Tensor:
         """Embeds a sequence and puts image and world features in the place of their placeholders.
 
@@ -95,6 +97,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             image_features: Output of the multi-modal projector, `(images, tokens, hidden)`, all images in order.
             world_latents: Output of `encode_world`, all world blocks of the batch in order.
             latent_counts: Latent frames of each world block; none if the latents are there for their graph alone.
+            world_offsets: Of the first latent frame of each block from the present; if absent, every block ends in it.
 
         Returns:
             `(batch, sequence, hidden)` in the embedding's dtype.
@@ -106,7 +109,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         if image_features is not None:
             embeds = _scatter(embeds, input_ids == self.config.image_token_id, image_features, "image")
         if world_latents is not None:
-            features, brackets = self.world_projector(world_latents, latent_counts or (1,))
+            features, brackets = self.world_projector(world_latents, latent_counts or (1,), world_offsets)
             features = features[: sum(latent_counts)]
             embeds = _scatter(embeds, input_ids == self.config.world_token_id, features, "world")
             for index, token in enumerate((self.config.start_of_world_token_id, self.config.end_of_world_token_id)):
@@ -127,6 +130,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         world_frames: Tensor | None = None,
         world_frame_counts: tuple[int, ...] | Tensor | None = None,
+        world_offsets: tuple[int, ...] | Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | Gemma3CausalLMOutputWithPast:
@@ -145,6 +149,8 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             logits_to_keep: As in the parent.
             world_frames: `(frames of all world blocks, 3, height, width)` in [-1, 1].
             world_frame_counts: Frames of each world block.
+            world_offsets: Of the first latent frame of each block from the present, in latent frames; if absent, every
+                block ends in it.
             mm_encoder_outputs: Images that `generate` has encoded beforehand, instead of `pixel_values`.
             **kwargs: Passed on to the parent.
 
@@ -169,7 +175,8 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             self._check_placeholders(input_ids, image_features, latents)
             if token_type_ids is None and image_features is not None:
                 token_type_ids = (input_ids == self.config.image_token_id).long()
-            inputs_embeds = self.embed(input_ids, image_features, latents, latent_counts)
+            offsets = () if world_offsets is None else tuple(int(offset) for offset in world_offsets)
+            inputs_embeds = self.embed(input_ids, image_features, latents, latent_counts, offsets)
             input_ids = pixel_values = mm_encoder_outputs = None
         elif world_frames is not None:
             raise ValueError("world_frames need input_ids and a model with a world path (enable_world=True)")
@@ -250,14 +257,14 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         if "world_frames" in visuals:
             blocks = (input_ids == self.config.start_of_world_token_id).sum(-1).tolist()
             counts = [int(count) for count in visuals["world_frame_counts"]]
-            frames = list(visuals["world_frames"].split(counts))
-            new_frames, new_counts, start = [], [], 0
-            for number in blocks:
-                for _ in range(times):
-                    new_frames += frames[start : start + number]
-                    new_counts += counts[start : start + number]
-                start += number
-            result["world_frames"], result["world_frame_counts"] = torch.cat(new_frames), tuple(new_counts)
+            frames = visuals["world_frames"].split(counts)
+            order: list[int] = []
+            for number, start in zip(blocks, [0, *accumulate(blocks)], strict=False):
+                order += [*range(start, start + number)] * times
+            result["world_frames"] = torch.cat([frames[index] for index in order])
+            result["world_frame_counts"] = tuple(counts[index] for index in order)
+            if "world_offsets" in visuals:
+                result["world_offsets"] = tuple(int(visuals["world_offsets"][index]) for index in order)
         return result
 
     # -- construction -----------------------------------------------------------------------------------------------

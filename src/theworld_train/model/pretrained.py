@@ -40,6 +40,7 @@ _WORLD_ARGUMENTS: dict[str, str] = {
     "tokens": "world_tokens",
     "resolution": "world_resolution",
     "resize": "world_resize",
+    "pool": "world_pool",
     "max_world_steps": "max_world_steps",
 }
 
@@ -66,7 +67,7 @@ def load_pretrained(
         cosmos_revision: Hub revision of `cosmos`.
         **kwargs: `freeze_gemma_vision`, `freeze_gemma_language`, `freeze_cosmos_vae` set `requires_grad` and are never
             saved; they default to true for a model with a world path, and to false for one without, which is Gemma 3
-            as transformers loads it. For Gemma 3, `projection`, `tokens`, `resolution`, `resize` and
+            as transformers loads it. For Gemma 3, `projection`, `tokens`, `resolution`, `resize`, `pool` and
             `max_world_steps` describe the world path to build; any other source has to agree with them. Everything
             else goes to transformers (`dtype`, `device_map`, `attn_implementation`, `revision`). A run's checkpoint
             names the revision of its base itself, and is loaded unquantised.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,23 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from theworld_train.accounting.tokens import world_tokens
-from theworld_train.batch import Blank, EncodedSample, Known, KnownEncodings
+from theworld_train.batch import EncodedSample, KnownEncodings
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
+from theworld_train.model.configuration import check_pool
+from theworld_train.model.visuals import (
+    Images,
+    Visual,
+    collect_visuals,
+    frames_of,
+    is_blank,
+    look_up,
+    look_up_latents,
+    nest_visuals,
+    num_frames,
+    offset_of,
+    present_of,
+)
 
 START_OF_WORLD, WORLD, END_OF_WORLD = "<start_of_world>", "<world>", "<end_of_world>"
 WORLD_TOKENS = (START_OF_WORLD, WORLD, END_OF_WORLD)
@@ -61,13 +75,6 @@ CHAT_TEMPLATE = """\
 #: How a template marks the text that the model has to generate; `add_generation_prompt` alone does not.
 _MARKS_GENERATED_TEXT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-#: An image, or a clip as a sequence of images in time order whose last one is the present.
-Loaded = Image.Image | Sequence[Image.Image]
-#: The same, or a blank in its place.
-Visual = Loaded | Blank
-#: What `__call__` takes: one image, the images of one text, or for each text its images and clips.
-Images = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Visual]] | None
-
 
 class TheWorldProcessor(Gemma3Processor):
     """Gemma 3's processor with world blocks.
@@ -87,6 +94,7 @@ class TheWorldProcessor(Gemma3Processor):
         world_resolution: int = 512,
         world_resize: str = "pad",
         world_tokens: str = "spatial",
+        world_pool: int = 1,
         world_latent_channels: int = 16,
         **kwargs: Any,
     ) -> None:
@@ -101,6 +109,7 @@ class TheWorldProcessor(Gemma3Processor):
             world_resolution: Side in pixels that frames are fitted to.
             world_resize: `pad`, `crop` or `stretch`.
             world_tokens: `spatial` or `channel`.
+            world_pool: Latent cells along a side of the squares that are averaged into one.
             world_latent_channels: Channels of the VAE's latents.
             **kwargs: Passed on to transformers.
         """
@@ -112,6 +121,7 @@ class TheWorldProcessor(Gemma3Processor):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if world_resolution < 8 or world_resolution % 8:
             raise ValueError(f"world_resolution must be a positive multiple of 8, got {world_resolution}")
+        check_pool(world_pool, world_resolution)
         if not chat_template or not _MARKS_GENERATED_TEXT.search(chat_template):
             chat_template = CHAT_TEMPLATE
         super().__init__(
@@ -121,6 +131,7 @@ class TheWorldProcessor(Gemma3Processor):
         self.world_resolution = world_resolution
         self.world_resize = world_resize
         self.world_tokens = world_tokens
+        self.world_pool = world_pool
         self.world_latent_channels = world_latent_channels
         if enable_world:
             tokenizer.add_special_tokens(
@@ -145,7 +156,7 @@ class TheWorldProcessor(Gemma3Processor):
         newlines = len(self.tokenizer("\n\n", add_special_tokens=False)["input_ids"])
         total = self.image_seq_length + 2 + 2 * newlines
         if self.enable_world:
-            total += 2 + world_tokens(self.world_tokens, self.world_resolution, self.world_latent_channels, frames)  # type: ignore[arg-type]
+            total += 2 + self._world_tokens_of(frames)
         return total
 
     # -- conversations ----------------------------------------------------------------------------------------------
@@ -162,7 +173,8 @@ class TheWorldProcessor(Gemma3Processor):
 
         Args:
             messages: Turns in the chat template's format; image parts hold a PIL image under `image`, video parts a
-                list of them under `video`, or both a `Blank`, and then there are no pixels.
+                list of them under `video`, or both a `Blank`, and then there are no pixels. What else they may state,
+                says `collect_visuals`.
             add_generation_prompt: Whether to end with the opening of an assistant turn.
             world: Whether to write world blocks, if the processor has them at all.
             known: What encoders have made of images and clips before; pixels are made of the others alone.
@@ -223,11 +235,10 @@ class TheWorldProcessor(Gemma3Processor):
             pieces.append((self.tokenizer(expanded, add_special_tokens=False)["input_ids"], supervised))
         input_ids = torch.tensor([token for ids, _ in pieces for token in ids], dtype=torch.int64)
         flags = [flag for ids, flag in pieces for _ in ids]
-        loaded = [visual for visual in visuals if not isinstance(visual, Blank)]
-        images: Sequence[Image.Image] = [_present(visual) for visual in loaded]
-        image_states, images = _look_up(known.get(Component.VISION_TOWER), images, lambda image: [image])
-        clips: Sequence[Loaded] = loaded if world else ()
-        world_latents, clips = _look_up(known.get(Component.WORLD_ENCODER), clips, _frames)
+        loaded = [visual for visual in visuals if not is_blank(visual)]
+        images: Sequence[Image.Image] = [present_of(visual) for visual in loaded]
+        image_states, images = look_up(known.get(Component.VISION_TOWER), images, lambda image: [image])
+        world_latents, clips = look_up_latents(known, loaded if world else ())
         pixel_values = None
         if images:
             pixel_values = torch.as_tensor(np.stack(self.image_processor(images, return_tensors=None)["pixel_values"]))
@@ -241,6 +252,7 @@ class TheWorldProcessor(Gemma3Processor):
             world_tokens=sum(self._num_world_tokens(visual) for visual in visuals) if world else 0,
             image_states=image_states,
             world_latents=world_latents,
+            world_offsets=tuple(offset_of(visual) for visual in visuals) if world else (),
         )
 
     def _expand(self, text: str, visuals: Sequence[Visual], world: bool) -> tuple[str, int]:
@@ -255,8 +267,11 @@ class TheWorldProcessor(Gemma3Processor):
         return block + str(self.full_image_sequence)
 
     def _num_world_tokens(self, visual: Visual) -> int:
+        return self._world_tokens_of(num_frames(visual))
+
+    def _world_tokens_of(self, frames: int) -> int:
         layout: Any = self.world_tokens
-        return world_tokens(layout, self.world_resolution, self.world_latent_channels, _num_frames(visual))
+        return world_tokens(layout, self.world_resolution, self.world_latent_channels, frames, pool=self.world_pool)
 
     def _indivisible(self, input_ids: Tensor) -> Tensor:
         ids = [self.tokenizer.boi_token_id, self.tokenizer.image_token_id, self.tokenizer.eoi_token_id]
@@ -264,9 +279,9 @@ class TheWorldProcessor(Gemma3Processor):
             ids += self.tokenizer.convert_tokens_to_ids(list(WORLD_TOKENS))
         return torch.isin(input_ids, torch.tensor(ids))
 
-    def _fit_frames(self, visual: Loaded) -> Tensor:
+    def _fit_frames(self, visual: Visual) -> Tensor:
         """Returns the frames of an image or clip as `(frames, 3, resolution, resolution)` in [-1, 1]."""
-        fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in _frames(visual)]
+        fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in frames_of(visual)]
         return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
@@ -293,7 +308,7 @@ class TheWorldProcessor(Gemma3Processor):
             The keyword arguments of the model's `forward` and `generate`, as tensors.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        nested = _nest_visuals(images, len(texts))
+        nested = nest_visuals(images, len(texts))
         samples = [self._encode_text(item, visuals) for item, visuals in zip(texts, nested, strict=True)]
         return self._collate(samples, kwargs.get("padding_side", "left"))
 
@@ -332,12 +347,13 @@ class TheWorldProcessor(Gemma3Processor):
         if frames:
             data["world_frames"] = torch.cat(frames)
             data["world_frame_counts"] = torch.tensor([len(block) for block in frames])
+            data["world_offsets"] = torch.tensor([offset for sample in samples for offset in sample.world_offsets])
         return BatchFeature(data)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that the processor makes."""
-        world = ["world_frames", "world_frame_counts"] if self.enable_world else []
+        world = ["world_frames", "world_frame_counts", "world_offsets"] if self.enable_world else []
         return [*super().model_input_names, *world]
 
 
@@ -378,53 +394,6 @@ def fit_frame(frame: Image.Image, side: int, rule: str) -> Image.Image:
     return resized.crop((left, top, left + side, top + side))
 
 
-def collect_visuals(messages: Sequence[dict[str, Any]]) -> list[Visual]:
-    """Returns the images and clips of a conversation in the order of their parts.
-
-    Raises:
-        ValueError: If a visual part holds no loaded image.
-    """
-    visuals: list[Visual] = []
-    for message in messages:
-        for part in message["content"] if not isinstance(message["content"], str) else ():
-            if part["type"] not in ("image", "video"):
-                continue
-            visual = part.get(part["type"])
-            if not isinstance(visual, Image.Image | Blank) and not (visual and isinstance(visual[0], Image.Image)):
-                raise ValueError(f"a part of type {part['type']!r} holds no loaded image under {part['type']!r}")
-            visuals.append(visual)
-    return visuals
-
-
-def _num_frames(visual: Visual) -> int:
-    if isinstance(visual, Blank):
-        return visual.frames
-    return 1 if isinstance(visual, Image.Image) else len(visual)
-
-
-V = TypeVar("V", bound=Loaded)
-
-
-def _look_up(
-    known: Known | None, visuals: Sequence[V], frames_of: Callable[[V], Sequence[Image.Image]]
-) -> tuple[tuple[Tensor | None, ...], Sequence[V]]:
-    """Returns what is known of each visual, and those that are not known; nothing and all if none is looked up."""
-    if known is None:
-        return (), visuals
-    found = tuple(known.find(frames_of(visual)) for visual in visuals)
-    return found, [visual for visual, there in zip(visuals, found, strict=True) if there is None]
-
-
-def _frames(visual: Loaded) -> Sequence[Image.Image]:
-    return [visual] if isinstance(visual, Image.Image) else visual
-
-
-def _present(visual: Loaded) -> Image.Image:
-    """The frame that the vision tower sees: the image, or the last frame of the clip, in RGB."""
-    frame = visual if isinstance(visual, Image.Image) else visual[-1]
-    return frame if frame.mode == "RGB" else frame.convert("RGB")
-
-
 def _split_at(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:
     """Cuts text at the spans of generated text; empty pieces are left out."""
     pieces, position = [], 0
@@ -433,18 +402,6 @@ def _split_at(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bo
         position = end
     pieces.append((text[position:], False))
     return [(piece, flag) for piece, flag in pieces if piece]
-
-
-def _nest_visuals(images: Images, texts: int) -> list[list[Visual]]:
-    """Brings the forms that `__call__` accepts to a list of visuals for each text."""
-    if images is None:
-        return [[] for _ in range(texts)]
-    if isinstance(images, Image.Image):
-        return [[images]]
-    single = [item for item in images if isinstance(item, Image.Image)]
-    if texts == 1 and len(single) == len(images):
-        return [[*single]]
-    return [[item] if isinstance(item, Image.Image) else list(item) for item in images]
 
 
 __all__ = ["TheWorldProcessor"]

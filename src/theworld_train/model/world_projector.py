@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from theworld_train.model.configuration import TheWorldConfig
 
@@ -25,6 +26,7 @@ class WorldProjector(nn.Module):
         hidden = int(text.hidden_size)
         features = config.world_features
         self.layout = config.world_tokens
+        self.pool = config.world_pool
         self.max_world_steps = config.max_world_steps
         self.scale = config.world_embedding_rms
         self.projection: nn.Module
@@ -44,30 +46,38 @@ class WorldProjector(nn.Module):
         nn.init.normal_(self.temporal, std=0.1)
         nn.init.normal_(self.boundary, std=1.0)
 
-    def forward(self, latents: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Projects the latent frames of world blocks, each of which ends in the present.
+    def forward(self, latents: Tensor, counts: tuple[int, ...], offsets: tuple[int, ...] = ()) -> tuple[Tensor, Tensor]:
+        """Projects the latent frames of world blocks, averaged over `pool` x `pool` cells each.
 
         Args:
             latents: `(frames of all blocks, channels, height, width)`, normalised.
             counts: Latent frames of each block.
+            offsets: Of the first frame of each block from the present, in latent frames; if absent, every block ends
+                in the present.
 
         Returns:
             Embeddings `(frames, tokens, hidden)`, and those of the tokens that open and close a block, `(2, hidden)`.
 
         Raises:
-            ValueError: If a block reaches further back than the temporal embedding.
+            ValueError: If a block reaches further from the present than the temporal embedding.
         """
-        longest = max(counts, default=1)
-        if longest - 1 > self.max_world_steps:
-            raise ValueError(
-                f"a world block of {longest} latent frames reaches {longest - 1} steps from the present, but the model "
-                f"was built with max_world_steps={self.max_world_steps}"
-            )
-        tokens = latents.flatten(2)
+        offsets = offsets or tuple(1 - count for count in counts)
+        for count, first in zip(counts, offsets, strict=True):
+            reach = max(-first, first + count - 1)
+            if reach > self.max_world_steps:
+                raise ValueError(
+                    f"a world block of {count} latent frames reaches {reach} steps from the present, but the model was "
+                    f"built with max_world_steps={self.max_world_steps}"
+                )
+        tokens = (latents if self.pool == 1 else functional.avg_pool2d(latents, self.pool)).flatten(2)
         if self.layout == "spatial":
             tokens = tokens.transpose(1, 2)
         projected = self.projection(tokens.to(self.temporal.dtype)).float()
         normed = projected * torch.rsqrt(projected.pow(2).mean(-1, keepdim=True) + 1e-6)
-        index = [self.max_world_steps + 1 - count + frame for count in counts for frame in range(count)]
+        index = [
+            self.max_world_steps + first + frame
+            for count, first in zip(counts, offsets, strict=True)
+            for frame in range(count)
+        ]
         temporal = self.temporal[torch.tensor(index, device=latents.device)].unsqueeze(1)
         return (normed + temporal) * self.scale, self.boundary * self.scale

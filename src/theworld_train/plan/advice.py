@@ -342,9 +342,9 @@ class Planner:
     def _smaller(self, resolution: int) -> Overrides:
         """Returns the overrides of a smaller resolution, whose samples are shorter by the world tokens that go."""
         world = self.config.model.world
-        frames = frames_of(self.config.data.train)
+        frames = frames_of(self.config.data.train, self.config.data.world)
         before, after = (
-            world_tokens(world.tokens, side, describe_model(self.config).world_latent_channels, frames)
+            world_tokens(world.tokens, side, describe_model(self.config).world_latent_channels, frames, pool=world.pool)
             for side in (world.resolution, resolution)
         )
         limit = self._positions or self.config.data.max_sequence_length

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from theworld_train.accounting.tokens import latent_frames
+from theworld_train.accounting.tokens import SPATIAL_COMPRESSION, latent_frames
 from theworld_train.assemble.encoded import frozen_encoders
 from theworld_train.assemble.inputs import open_inputs
 from theworld_train.assemble.model import build_stage, describe_model
@@ -56,7 +56,8 @@ class SampleShape:
     Attributes:
         positions: Tokens, image and world tokens included.
         supervised: Tokens that the model has to predict.
-        frames: Frames of a world block.
+        frames: Frames of a world block, generated ones included.
+        offset: Of the first latent frame of a world block from the present.
         images: Images, and world blocks.
     """
 
@@ -64,6 +65,7 @@ class SampleShape:
     supervised: int
     frames: int = 1
     images: int = 1
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,7 @@ def sample_shape(
     limit = positions or config.data.max_sequence_length
     if limit is None:
         return _longest_sample(config)
-    frames = frames_of(config.data.train)
+    frames = frames_of(config.data.train, config.data.world)
     visual = _visual_tokens(architecture, frames)
     text = limit - visual
     if text < 2:
@@ -178,7 +180,11 @@ def sample_shape(
             Problem(f"more supervised tokens than text: {most} positions of {limit} can be", value=supervised)
         )
     images = limit // visual if packed else 1
-    return SampleShape(limit, text - 1 if supervised is None else supervised, frames=frames, images=images)
+    # History ends in the present; whatever else there may be begins with it.
+    offset = 1 - latent_frames(frames) if config.data.world.frames == "history" else 0
+    return SampleShape(
+        limit, text - 1 if supervised is None else supervised, frames=frames, images=images, offset=offset
+    )
 
 
 def _longest_sample(config: RunConfig) -> SampleShape:
@@ -200,12 +206,15 @@ def _longest_sample(config: RunConfig) -> SampleShape:
             with suppress(UnreadableSampleError):
                 sample = inputs.collator.encode(inputs.train[index])
                 encoded += [] if sample is None else [sample]
+    world = config.data.world
+    generated = frames_of(config.data.train, world) if world.frames == "rollout" else 1
     if not encoded:
         raise ConfigError(Problem("none of the samples that were tried can be used", key="data.train"))
     return SampleShape(
         positions=max(len(sample.input_ids) for sample in encoded),
         supervised=max(int(sample.supervised.sum()) for sample in encoded),
-        frames=max((len(frames) for sample in encoded for frames in sample.world_frames), default=1),
+        frames=max((len(frames) for sample in encoded for frames in sample.world_frames), default=generated),
+        offset=min((offset for sample in encoded for offset in sample.world_offsets), default=0),
     )
 
 
@@ -246,15 +255,29 @@ def synthetic_batch(architecture: Any, shape: SampleShape, size: int) -> Batch: 
         pixel_values=torch.zeros(size * shape.images, 3, vision.image_size, vision.image_size),
         world_frames=torch.zeros(size * shape.images * shape.frames, 3, side, side) if has_world else None,
         world_frame_counts=(shape.frames,) * size * shape.images if has_world else (),
+        world_offsets=(shape.offset,) * size * shape.images if has_world else (),
         sample_ids=tuple(str(index) for index in range(size)),
         kinds=("plan",) * size,
     )
 
 
-def _looked_up(batch: Batch, config: RunConfig) -> Batch:
-    """Marks pictures as looked up and missing if a run looks them up: those are encoded one by one."""
+def _looked_up(batch: Batch, config: RunConfig, architecture: Any) -> Batch:  # noqa: ANN401 (as above)
+    """Marks pictures as looked up and missing if a run looks them up: those are encoded one by one.
+
+    Rollouts are always there.
+    """
     if config.data.encoded is None:
         return batch
+    if config.data.world.frames == "rollout" and batch.world_frames is not None:
+        counts, side = batch.world_frame_counts, architecture.world_resolution // SPATIAL_COMPRESSION
+        shape = (sum(map(latent_frames, counts)), architecture.world_latent_channels, side, side)
+        return replace(
+            batch,
+            images_known=(False,) * (batch.num_images if Component.VISION_TOWER in frozen_encoders(config) else 0),
+            world_frames=None,
+            world_latents=torch.zeros(shape, dtype=getattr(torch, config.model.world.encoder_dtype)),
+            blocks_known=(True,) * len(counts),
+        )
     frozen, blocks = frozen_encoders(config), len(batch.world_frame_counts)
     images = batch.num_images if Component.VISION_TOWER in frozen else 0
     blocks = blocks if Component.WORLD_ENCODER in frozen else 0
@@ -351,7 +374,7 @@ def dry_run(
         materialise(model, torch.bfloat16)
         if device == "cuda":
             stack.enter_context(cuda_semantics())
-        batch = _looked_up(synthetic_batch(architecture, shape, size), config)
+        batch = _looked_up(synthetic_batch(architecture, shape, size), config, architecture)
         return trace_steps(config, model, (batch,), shape, steps=steps, device=device, gathering=gathering)
 
 

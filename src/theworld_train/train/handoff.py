@@ -22,7 +22,7 @@ from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.model.pretrained import load_components, set_embedding_scale
 from theworld_train.train.checkpoint import Base, Carried
 
-_WORLD_SHAPE = ("world_projection", "world_tokens", "world_resolution", "world_resize", "max_world_steps")
+_WORLD_SHAPE = ("world_projection", "world_tokens", "world_resolution", "world_resize", "world_pool", "max_world_steps")
 
 
 @dataclass(frozen=True)

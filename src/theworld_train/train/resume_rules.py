@@ -41,6 +41,7 @@ RULES: dict[str, Rule] = {
     "data.train.media_root": "allowed",
     "data.train.id": "allowed",
     "data.train.revision": "allowed",
+    "data.world": "forbidden",
     "data.max_sequence_length": "allowed",
     "data.too_long": "allowed",
     "data.exclude": "allowed",

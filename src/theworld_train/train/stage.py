@@ -31,6 +31,7 @@ class Features:
         world_latents: Normalised latents, or None if the world encoder trains (or there are no world blocks).
         world_frames: Frames for a world encoder that trains.
         frame_counts: Frames of each world block.
+        offsets: Of the first latent frame of each block from the present; if empty, every block ends in it.
     """
 
     image_states: Tensor | None = None
@@ -38,6 +39,7 @@ class Features:
     world_latents: Tensor | None = None
     world_frames: Tensor | None = None
     frame_counts: tuple[int, ...] = ()
+    offsets: tuple[int, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -120,6 +122,7 @@ class StageModule(nn.Module):
             world_latents=latents,
             world_frames=batch.world_frames if trains_world else None,
             frame_counts=batch.world_frame_counts,
+            offsets=batch.world_offsets,
         )
 
     @torch.no_grad()
@@ -274,7 +277,8 @@ class StageModule(nn.Module):
                 frames = features.world_frames
                 frames = torch.zeros(1, 3, side, side, device=device) if frames is None else frames
                 latents = self._encode_world(frames, blocks or (1,))
-        return model.embed(batch.input_ids, image_features, latents, tuple(latent_frames(count) for count in blocks))
+        counts = tuple(latent_frames(count) for count in blocks)
+        return model.embed(batch.input_ids, image_features, latents, counts, features.offsets)
 
     def _runs(self, *components: Component) -> bool:
         """Whether a visual path runs although a batch has nothing for it.
