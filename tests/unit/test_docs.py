@@ -296,10 +296,10 @@ def test_numbers_of_world_tokens():
     text = DATA.read_text()
     for layout in ("spatial", "channel"):
         for resolution in (224, 512):
-            numbers = [f"{world_tokens(layout, resolution, 16, frames):,}" for frames in (1, 5, 9)]
+            numbers = [f"{world_tokens(layout, resolution, 16, frames, pool=1):,}" for frames in (1, 5, 9)]
             assert f"| {layout} | {resolution} | {' | '.join(numbers)} |" in text
     for resolution, total in ((512, "4,358"), (224, "1,046")):
-        assert total == f"{world_tokens('spatial', resolution, 16, 1) + 2 + 260:,}"
+        assert total == f"{world_tokens('spatial', resolution, 16, 1, pool=1) + 2 + 260:,}"
         assert total in text
 
 

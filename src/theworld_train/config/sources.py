@@ -59,7 +59,7 @@ class WorldFrames(Section):
 
     @property
     def wants_later(self) -> bool:
-        """Whether frames behind the present are taken."""
+        """Whether frames after the present are taken."""
         return self.frames == "future" and self.steps != 0
 
     @property
@@ -91,7 +91,7 @@ class ClipRules(Section):
     present, and are spread evenly over the clip unless `window_s` or `sample_fps` says otherwise."""
     present: Fraction = 1.0
     """Where in a clip the present lies, the moment that the vision tower sees: 0 is its first frame, 1 its last.
-    History is taken from what is before it, `data.world.frames: future` from what is behind it."""
+    History is taken from what is before it, `data.world.frames: future` from what is after it."""
     window_s: PositiveFloat | None = None
     """Take the frames from the so many seconds next to the present alone, spread evenly over them."""
     sample_fps: PositiveFloat | None = None
@@ -258,7 +258,7 @@ class MovingDigitsSource(Section):
     frames: PositiveInt = 9
     """Frames of a clip up to the present, 1 + 4k."""
     later_frames: NonNegativeInt = 0
-    """Frames of a clip behind the present, 4k, which `data.world.frames: future` shows."""
+    """Frames of a clip after the present, 4k, which `data.world.frames: future` shows."""
     canvas: Annotated[int, Field(ge=16, le=4096)] = 64
     """Side of the canvas in pixels."""
     digit: PositiveInt | None = None
@@ -289,7 +289,7 @@ class MovingDigitsSource(Section):
         if "where_next" not in self.questions:
             return self
         if not self.later_frames:
-            raise ValueError("the question where_next needs later_frames, behind which it asks; at least 4")
+            raise ValueError("the question where_next needs later_frames, after which it asks; at least 4")
         moved = self.speed * self.later_frames
         if any(len({self.third(place + move) for move in (-moved, 0, moved)}) < 3 for place in self.places):
             raise ValueError(
@@ -385,7 +385,8 @@ def frames_of(source: SourceSection | MixtureSource | None, world: WorldFrames) 
     if source is not None and world.frames == "rollout":
         return 1 + 4 * (world.steps or 0)
     if isinstance(source, ClipRules):
-        return world.taken(source.max_video_frames)
+        alone = 1.0 if world.frames == "future" else 0.0
+        return 1 if source.present == alone else world.taken(source.max_video_frames)
     if isinstance(source, MovingDigitsSource):
         return world.taken(1 + source.later_frames if world.frames == "future" else source.frames)
     return 1

@@ -1,8 +1,8 @@
 """moving-digits: real handwritten digits that move over a canvas, a data set that needs no download.
 
 The scans are scikit-learn's copy of the UCI optical recognition set (1,797 scans of 8 x 8 pixels). A clip wraps around
-the canvas's edges and shows the digit whole in the present, at a place that does not depend on the direction: the present
-tells nothing of the motion. The vision tower sees it alone, and only the world path sees the clip.
+the canvas's edges and shows the digit whole in the present, at a place that does not depend on the direction: this one
+frame tells nothing of the motion. The vision tower sees it alone, and only the world path sees the clip.
 """
 
 from __future__ import annotations

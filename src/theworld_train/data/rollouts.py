@@ -16,7 +16,7 @@ class RolloutSource:
     """
 
     def __init__(self, source: Source, steps: int) -> None:
-        """Args: source: the samples. steps: latent frames behind the present."""
+        """Args: source: the samples. steps: latent frames after the present."""
         self.source, self._steps = source, steps
 
     def __len__(self) -> int:

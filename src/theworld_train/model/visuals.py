@@ -26,6 +26,14 @@ class Clip:
     frames: Sequence[Image.Image] | Blank
     present: int
 
+    def __post_init__(self) -> None:
+        """Checks that a latent frame ends in the present.
+
+        Raises:
+            ValueError: If none does.
+        """
+        first_offset(num_frames(self), self.present)
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -53,7 +61,7 @@ def collect_visuals(messages: Sequence[dict[str, Any]]) -> list[Visual]:
     have been generated from the present.
 
     Raises:
-        ValueError: If a visual part holds no loaded image.
+        ValueError: If a visual part holds no loaded image, or no latent frame ends in its present.
     """
     visuals: list[Visual] = []
     for message in messages:

@@ -59,9 +59,11 @@ class WorldProjector(nn.Module):
             Embeddings `(frames, tokens, hidden)`, and those of the tokens that open and close a block, `(2, hidden)`.
 
         Raises:
-            ValueError: If a block reaches further from the present than the temporal embedding.
+            ValueError: If a block reaches further from the present than the temporal embedding, or some lack an offset.
         """
         offsets = offsets or tuple(1 - count for count in counts)
+        if len(offsets) != len(counts):
+            raise ValueError(f"{len(offsets)} offsets were given for {len(counts)} world blocks")
         for count, first in zip(counts, offsets, strict=True):
             reach = max(-first, first + count - 1)
             if reach > self.max_world_steps:

@@ -7,7 +7,7 @@ import pytest
 from theworld_train.config import COMPONENT_HINTS, ConfigError, load_pipeline_config, load_run_config
 
 SOURCES = "jsonl, parquet, llava, sharegpt, captions, vsr, spatialrgpt, webdataset, clips, hub, moving_digits"
-KEYS_OF_JSONL = "source, path, media_root, max_video_frames, window_s, sample_fps, directory_fps"
+KEYS_OF_JSONL = "source, path, media_root, max_video_frames, present, window_s, sample_fps, directory_fps"
 
 
 @pytest.mark.parametrize(

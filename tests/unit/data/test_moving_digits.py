@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from theworld_train.config.sources import MovingDigitsSource
-from theworld_train.data.moving_digits import DIRECTIONS, MovingDigits
+from theworld_train.batch import Blank
+from theworld_train.config.sources import MovingDigitsSource, WorldFrames
+from theworld_train.data.moving_digits import COLUMNS, DIRECTIONS, ROWS, MovingDigits
 from theworld_train.data.source import Sample
 
 
@@ -83,3 +86,80 @@ def test_plain_share_takes_world_tokens_from_digit_questions_alone(share: float)
     assert all(sample.world for sample in samples if sample.kind == "direction")
     plain = [not sample.world for sample in samples if sample.kind == "digit"]
     assert abs(sum(plain) / len(plain) - share) < 0.1
+
+
+# -- moments ----------------------------------------------------------------------------------------------------------
+
+#: Nine places for a digit, and 8 frames in which it moves from each to a neighbour.
+NEXT = {"questions": ("where_next",), "canvas": 24, "digit": 8, "grid": 8, "speed": 1, "later_frames": 8}
+
+
+def seen(frames: str, steps: int | None = None, index: int = 0, **fields: Any) -> Sample:
+    """A sample that shows other moments."""
+    source = MovingDigitsSource.model_validate({"source": "moving_digits", "split": "train", "samples": 400, **fields})
+    return MovingDigits(source, WorldFrames.model_validate({"frames": frames, "steps": steps}))[index]
+
+
+def test_where_next_is_the_ninth_that_the_digit_is_in_at_last() -> None:
+    answers = Counter()
+    for index in range(200):
+        sample = seen("future", index=index, **NEXT)
+        last = clip(sample)[-1]
+        row, column = (int(axis.mean()) // 8 for axis in np.nonzero(last))
+        assert answer(sample) == f"{ROWS[row]} {COLUMNS[column]}"
+        answers[answer(sample)] += 1
+    assert len(answers) == 9
+    assert sample.messages[0]["content"][1]["text"] == "Where will it be after 8 frames?"
+
+
+def test_the_present_does_not_tell_where_next() -> None:
+    places: dict[bytes, Counter[str]] = {}
+    for index in range(2000):
+        sample = seen("image", index=index, **NEXT | {"samples": 2000})
+        (present,) = clip(sample)
+        rows, columns = np.nonzero(present)
+        place = bytes([rows.min() // 8, columns.min() // 8])
+        places.setdefault(place, Counter())[answer(sample)] += 1
+    assert len(places) == 9
+    for found in places.values():
+        assert len(found) == 4
+        assert max(found.values()) / found.total() < 0.4
+
+
+@pytest.mark.parametrize("steps", [None, 1, 2])
+def test_every_choice_of_frames_has_the_same_present_and_answer(steps: int | None) -> None:
+    for index in range(8):
+        image, history, future = (
+            seen(frames, None if frames == "image" else steps, index, **NEXT)
+            for frames in ("image", "history", "future")
+        )
+        assert len({answer(sample) for sample in (image, history, future)}) == 1
+        assert len(clip(image)) == 1
+        assert len(clip(history)) == len(clip(future)) == 1 + 4 * (steps or 2)
+        assert "present" not in history.messages[0]["content"][0]
+        assert future.messages[0]["content"][0]["present"] == 0
+        assert np.array_equal(clip(image)[0], clip(history)[-1])
+        assert np.array_equal(clip(image)[0], clip(future)[0])
+        assert not np.array_equal(clip(history)[0], clip(future)[-1])
+
+
+def test_blank_clips_have_as_many_frames() -> None:
+    for frames, steps, expected in (("image", None, 1), ("history", 1, 5), ("future", 2, 9), ("history", 0, 1)):
+        source = MovingDigitsSource.model_validate({"source": "moving_digits", "split": "train", "samples": 4, **NEXT})
+        data = MovingDigits(source, WorldFrames.model_validate({"frames": frames, "steps": steps}))
+        assert data.outline(0).messages[0]["content"][0]["video"] == Blank(expected)
+        assert len(clip(data[0])) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"later_frames": 0}, "needs later_frames"),
+        ({"later_frames": 6}, "must be 4k"),
+        ({"speed": 6}, r"another third of the canvas.*speed x later_frames is 48 pixels on a canvas of 24"),
+        ({"digit": 25}, "must not exceed the canvas of 24"),
+    ],
+)
+def test_a_question_that_the_present_answers_is_refused(fields: dict[str, int], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        seen("image", **NEXT | fields)

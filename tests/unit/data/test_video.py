@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -190,3 +192,77 @@ def test_without_the_decoder_the_extra_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("theworld_train.data.video.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'theworld-train\[video\]'"):
         read_clip(path, 5)
+
+
+# -- the present, and what comes after it -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "later", "expected"),
+    [
+        (1.0, False, [0, 5, 10, 15, 20]),
+        (1.0, True, [20]),
+        (0.0, True, [0, 5, 10, 15, 20]),
+        (0.0, False, [0]),
+        (0.5, False, [0, 2, 5, 8, 10]),
+        (0.5, True, [10, 12, 15, 18, 20]),
+        (0.2, False, [0, 1, 2, 3, 4]),
+        (0.15, False, [3]),
+        (0.15, True, [3, 7, 11, 15, 20]),
+    ],
+)
+def test_frames_up_to_the_present_and_from_it_on(present: float, later: bool, expected: list[int]) -> None:
+    chosen = select_frames(21, 5, Timing(present=present, later=later))
+    assert chosen[0 if later else -1] == round(20 * present)
+    if expected[-1] - expected[0] in (10, 17):
+        gaps = np.diff(chosen)
+        assert (len(chosen), chosen[0], chosen[-1]) == (5, expected[0], expected[-1])
+        assert gaps.max() - gaps.min() <= 1
+    else:
+        assert chosen == expected
+
+
+def test_the_future_is_history_read_backwards() -> None:
+    for available in range(1, 40):
+        for most in (1, 5, 9):
+            for timing in (Timing(), Timing(window_s=0.7), Timing(sample_fps=3)):
+                past = select_frames(available, most, timing, 10.0)
+                later = select_frames(available, most, replace(timing, present=0.0, later=True), 10.0)
+                assert later == [available - 1 - index for index in reversed(past)]
+
+
+def test_history_and_future_share_the_present_alone() -> None:
+    for available in range(1, 40):
+        for present in (0.0, 0.3, 0.5, 1.0):
+            past = select_frames(available, 9, Timing(present=present))
+            later = select_frames(available, 9, Timing(present=present, later=True))
+            assert set(past) & set(later) == {past[-1]} == {later[0]}
+
+
+@pytest.mark.parametrize(
+    ("timing", "available", "message"),
+    [
+        (Timing(exact=True), 8, "has 8 frames up to the present, and 2 world steps need 9, 1 + 4 x 2"),
+        (Timing(exact=True, present=0.5), 15, "has 8 frames up to the present, and 2 world steps need 9"),
+        (Timing(exact=True, present=0.5, later=True), 16, "has 8 frames from the present on, and 2 world steps need 9"),
+        (Timing(exact=True, window_s=0.5), 30, "has 30 frames up to the present, of which the source's rule of time "),
+    ],
+)
+def test_too_few_frames_are_counted(timing: Timing, available: int, message: str) -> None:
+    with pytest.raises(MediaError, match=re.escape(message)):
+        select_frames(available, 9, timing, 10.0)
+
+
+def test_a_clip_that_is_too_short_is_named(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    timing = Timing(present=0.0, later=True, exact=True)
+    video = write_video(tmp_path / "a.mp4", 7)
+    frames = [write_image(f"clip/{number}.png") for number in range(4)]
+    needed = r"the clip has {} frames from the present on, and 2 world steps need 9, 1 \+ 4 x 2"
+    for read in (read_clip, clip_length):
+        with pytest.raises(MediaError, match=rf"{video}: " + needed.format(7)):
+            read(video, 9, timing)
+        with pytest.raises(MediaError, match=rf"{tmp_path / 'clip'}: " + needed.format(4)):
+            read(tmp_path / "clip", 9, timing)
+    with pytest.raises(MediaError, match=rf"{frames[0]}: " + needed.format(4)):
+        read_frames(frames, 9, timing=timing)
+    assert numbers(read_clip(write_video(tmp_path / "b.mp4", 9), 9, timing)) == list(range(9))

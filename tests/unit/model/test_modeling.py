@@ -105,6 +105,9 @@ def test_placeholders_and_features_must_agree(model: TheWorld, batch: BatchFeatu
     with pytest.raises(ValueError, match="48 image placeholders in input_ids, but 32 image features"):
         model(**without(batch, pixel_values=batch["pixel_values"][1:]))
     fewer = {"world_frames": batch["world_frames"][:-1], "world_frame_counts": batch["world_frame_counts"][:-1]}
+    with pytest.raises(ValueError, match="3 offsets were given for 2 world blocks"):
+        model(**without(batch, **fewer))
+    fewer["world_offsets"] = batch["world_offsets"][:-1]
     with pytest.raises(ValueError, match="64 world placeholders in input_ids, but 48 world features"):
         model(**without(batch, **fewer))
     ids = batch["input_ids"].clone()

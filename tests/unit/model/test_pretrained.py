@@ -172,6 +172,7 @@ def test_the_embedding_scale_is_measured_over_the_rows_that_tokens_use(tiny: Tin
         ({"projection": "linear"}, {"world_projection": "linear"}),
         ({"tokens": "channel", "resolution": 64}, {"world_tokens": "channel", "world_resolution": 64}),
         ({"resize": "crop", "max_world_steps": 2}, {"world_resize": "crop", "max_world_steps": 2}),
+        ({"pool": 2}, {"world_pool": 2}),
     ],
 )
 def test_arguments_describe_the_world_path(tiny: TinyCheckpoint, arguments: dict[str, Any], expected: dict[str, Any]):

@@ -72,6 +72,34 @@ def test_a_block_that_reaches_too_far_back_is_refused():
         projector(latents(4), (4,))[0]
 
 
+def test_a_block_may_begin_with_the_present_or_before_it():
+    projector = build(max_world_steps=4)
+    with torch.no_grad():
+        projector.temporal.copy_(torch.arange(9).float()[:, None].expand(9, HIDDEN))
+        moved = projector(latents(9), (1, 3, 3, 2), (0, 0, -1, -1))[0]
+        projector.temporal.zero_()
+        offsets = (moved - projector(latents(9), (1, 3, 3, 2))[0]).mean((1, 2)) / RMS
+    torch.testing.assert_close(offsets - 4, torch.tensor([0.0, 0, 1, 2, -1, 0, 1, -1, 0]))
+
+
+@pytest.mark.parametrize(("count", "first"), [(4, 0), (2, 2), (3, -3)])
+def test_a_block_that_reaches_too_far_is_refused(count: int, first: int):
+    with pytest.raises(ValueError, match=rf"{count} latent frames reaches 3 steps.*max_world_steps=2"):
+        build(max_world_steps=2)(latents(count), (count,), (first,))
+
+
+@pytest.mark.parametrize("pool", [2, 4])
+@pytest.mark.parametrize("layout", ["spatial", "channel"])
+def test_pooled_tokens_are_those_of_the_mean_of_their_cells(layout: str, pool: int):
+    pooled, values = build(world_tokens=layout, world_pool=pool), latents(2)
+    whole = build(world_tokens=layout, world_resolution=32 // pool)
+    assert {name: value.shape for name, value in pooled.state_dict().items()} == {
+        name: value.shape for name, value in whole.state_dict().items()
+    }
+    squares = values.unflatten(3, (4 // pool, pool)).unflatten(2, (4 // pool, pool))
+    torch.testing.assert_close(pooled(values, (2,))[0], whole(squares.mean((3, 5)), (2,))[0])
+
+
 def test_a_spatial_token_is_one_cell():
     projector, values = build(world_tokens="spatial", world_projection="linear"), latents(1)
     changed = values.clone()
@@ -129,6 +157,8 @@ def test_tokens_and_features_of_a_latent_frame(layout: str, resolution: int, tok
         {"world_tokens": "patch"},
         {"world_resize": "fit"},
         {"world_resolution": 30},
+        {"world_pool": 3},
+        {"world_pool": 8},
         {"world_resolution": 0},
         {"world_resolution": -8},
     ],

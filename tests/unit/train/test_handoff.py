@@ -188,6 +188,7 @@ def test_base_whose_weights_have_changed_is_refused(tiny: TinyCheckpoint, checkp
         ({"tokens": "channel"}, "world_tokens 'spatial' there and 'channel' here"),
         ({"max_world_steps": 2}, "max_world_steps 4 there and 2 here"),
         ({"resize": "crop"}, "world_resize 'pad' there and 'crop' here"),
+        ({"pool": 2}, "world_pool 1 there and 2 here"),
     ],
 )
 def test_other_shape_of_the_world_path_is_refused(
