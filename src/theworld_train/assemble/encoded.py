@@ -133,6 +133,15 @@ def check_encoded(config: RunConfig, processor: TheWorldProcessor) -> None:
         raise ConfigError(Problem(message, key=KEY, value=config.data.encoded, hint=hint))
     for component in frozen_encoders(config):
         refuse_stale(directory, recipe_of(component, config, processor), unknown=[WEIGHTS])
+    check_rollouts(config, processor)
+
+
+def check_rollouts(config: RunConfig, processor: TheWorldProcessor) -> None:
+    """Makes sure that a run which reads rollouts finds some that fit, as far as that can be told without weights.
+
+    Raises:
+        ConfigError: If it does not.
+    """
     if ROLLOUT in _read_kinds(config):
         find_rollouts(config, processor)
 

@@ -22,7 +22,8 @@ def evaluate(
         ),
     ],
     ablation: Annotated[
-        list[str] | None, typer.Option(help="Variant to measure; may be repeated. All of them if absent.")
+        list[str] | None,
+        typer.Option(help="Variant to measure; may be repeated. All that the run and its data have if absent."),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Held-out samples to measure; as in the run if absent.")
@@ -53,11 +54,10 @@ def evaluate(
         offline()
         from theworld_train.assemble.run import load_run
         from theworld_train.evaluate.ablations import run_ablations
+        from theworld_train.evaluate.moments import fitting_ablations
 
         config, path = load_run(Path(paths[0]), overrides)
-        if not config.model.world.enabled and not ablation:
-            chosen = [name for name in chosen if name in ("as_trained", "image_blanked")]
-        measured = run_ablations(path, chosen, overrides)
+        measured = run_ablations(path, chosen or fitting_ablations(config), overrides)
     if is_main_rank():
         from theworld_train.cli.tables import ablation_table, output
 
@@ -68,23 +68,24 @@ def evaluate(
 
 
 def _chosen_ablations(names: list[str]) -> list[Ablation]:
-    """Returns the ablations that are named, or all of them if none is.
+    """Returns the ablations that are named, in the order of the table.
 
     Raises:
         ConfigError: Naming every one that does not exist.
     """
     from theworld_train.config.errors import ConfigError, Problem, did_you_mean
-    from theworld_train.config.schema import ABLATIONS
+    from theworld_train.config.schema import ABLATIONS, FRAME_ABLATIONS
 
-    unknown = [name for name in names if name not in ABLATIONS]
+    known = (*ABLATIONS, *FRAME_ABLATIONS)
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigError(
             [
-                Problem(f"no such ablation '{name}'", key="--ablation", hint=did_you_mean(name, ABLATIONS))
+                Problem(f"no such ablation '{name}'", key="--ablation", hint=did_you_mean(name, known))
                 for name in unknown
             ]
         )
-    return [name for name in ABLATIONS if not names or name in names]
+    return [name for name in known if name in names]
 
 
 def _check_writable(path: Path) -> None:

@@ -21,7 +21,15 @@ from theworld_train.config.section import (
     Section,
     Seed,
 )
-from theworld_train.config.sources import AS_GIVEN, Source, TrainingData, WorldFrames, frames_of, frames_problem
+from theworld_train.config.sources import (
+    AS_GIVEN,
+    FrameChoice,
+    Source,
+    TrainingData,
+    WorldFrames,
+    frames_of,
+    frames_problem,
+)
 
 
 class WorldConfig(Section):
@@ -564,7 +572,19 @@ def able_strategies(config: RunConfig, offload: Offload) -> tuple[Strategy, ...]
     return able
 
 
-Ablation = Literal["as_trained", "world_masked", "untrained_projection", "world_disabled", "image_blanked"]
+Ablation = Literal[
+    "as_trained",
+    "world_masked",
+    "untrained_projection",
+    "world_disabled",
+    "image_blanked",
+    "frames_image",
+    "frames_history",
+    "frames_future",
+    "frames_rollout",
+    "frames_shuffled",
+]
+#: Ablations of a model, which any model with a world path can be measured with.
 ABLATIONS: tuple[Ablation, ...] = (
     "as_trained",
     "world_masked",
@@ -572,3 +592,11 @@ ABLATIONS: tuple[Ablation, ...] = (
     "world_disabled",
     "image_blanked",
 )
+#: Ablations of its frames, and the `data.world.frames` that each measures; shuffled frames are the run's own.
+FRAME_ABLATIONS: dict[Ablation, FrameChoice | None] = {
+    "frames_image": "image",
+    "frames_history": "history",
+    "frames_future": "future",
+    "frames_rollout": "rollout",
+    "frames_shuffled": None,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from theworld_train.accounting.intervals import CONFIDENCE
+from theworld_train.assemble.encoded import check_rollouts, open_rollouts
 from theworld_train.assemble.inputs import EvaluationInputs, open_evaluation_inputs, open_processor
 from theworld_train.assemble.model import load_model, move
 from theworld_train.assemble.run import held_out_batches, load_run
 from theworld_train.checkpoint_files import checkpoint_step, origin_of
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import Ablation, GradientCheckpointing, RunConfig
+from theworld_train.config.schema import FRAME_ABLATIONS, Ablation, GradientCheckpointing, RunConfig
 from theworld_train.data import Collator, EvaluationBatch
+from theworld_train.evaluate.moments import shuffled, with_frames
+from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.train.evaluation import DEFAULT_METRIC, EvaluationResult, EvaluationTally, Evaluator, in_step
 from theworld_train.train.runtime import Runtime
 from theworld_train.train.stage import Features, StageModule
@@ -33,6 +36,11 @@ DESCRIPTIONS: dict[Ablation, str] = {
     "untrained_projection": "world projector freshly initialised",
     "world_disabled": "no world tokens in the prompt (enable_world=False)",
     "image_blanked": "a grey image for the vision tower",
+    "frames_image": "the present alone (k = 0)",
+    "frames_history": "frames up to the present",
+    "frames_future": "real frames from the present on (oracle)",
+    "frames_rollout": "frames generated from the present",
+    "frames_shuffled": "frames in another order, but for the present",
 }
 
 
@@ -85,16 +93,24 @@ def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Se
         overrides: `key=value` texts for the run's config, such as `data.eval.path=other.jsonl`.
 
     Raises:
-        ConfigError: If the run has no held-out split, or an ablation has no meaning for its model.
+        ConfigError: If the run has no held-out split, or an ablation has no meaning for its model or data.
     """
     config, path = load_run(checkpoint, overrides)
     if config.data.eval is None:
         raise ConfigError(Problem("the run has no held-out split", source=str(path), key="data.eval"))
     if not config.model.world.enabled and (unfit := sorted(set(ablations) - {"as_trained", "image_blanked"})):
         raise ConfigError(f"{path} has no world path, so there is nothing to take away for {', '.join(unfit)}")
-    inputs = open_evaluation_inputs(config)
+    inputs = _open(config)
+    choices = {ablation: FRAME_ABLATIONS.get(ablation) for ablation in ablations}
+    configs = {ablation: with_frames(config, choice) for ablation, choice in choices.items() if choice is not None}
+    reframed = {ablation: (changed, _open(changed)) for ablation, changed in configs.items()}
     with Runtime(config) as runtime:
         model = load_model(config, (), path).model
+        inputs = _knowing_rollouts(config, inputs, model)
+        reframed = {
+            ablation: (changed, _knowing_rollouts(changed, others, model))
+            for ablation, (changed, others) in reframed.items()
+        }
         stage = StageModule(
             model,
             (),
@@ -103,17 +119,37 @@ def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Se
             gradient_checkpointing=GradientCheckpointing.everywhere("none"),
         )
         move(model, runtime.device)
-        return Measurement(config, path, _measure(config, inputs, stage, runtime, ablations))
+        return Measurement(config, path, _measure(config, inputs, stage, runtime, ablations, reframed))
+
+
+def _open(config: RunConfig) -> EvaluationInputs:
+    """Opens and checks the held-out samples, and the rollouts that they need."""
+    inputs = open_evaluation_inputs(config)
+    check_rollouts(config, inputs.processor)
+    return inputs
+
+
+def _knowing_rollouts(
+    config: RunConfig, inputs: EvaluationInputs, model: TheWorldForConditionalGeneration
+) -> EvaluationInputs:
+    """Returns inputs whose samples come with their rollouts, if the config asks for some."""
+    known = open_rollouts(config, inputs.processor, model)
+    return replace(inputs, collator=inputs.collator.knowing(known)) if known else inputs
 
 
 def _measure(
-    config: RunConfig, inputs: EvaluationInputs, stage: StageModule, runtime: Runtime, ablations: Sequence[Ablation]
+    config: RunConfig,
+    inputs: EvaluationInputs,
+    stage: StageModule,
+    runtime: Runtime,
+    ablations: Sequence[Ablation],
+    reframed: Mapping[Ablation, tuple[RunConfig, EvaluationInputs]],
 ) -> dict[Ablation, EvaluationResult]:
     """Measures all variants; those that share a prompt share the data and the frozen encoders' work."""
     tallies = {ablation: EvaluationTally(config.evaluation) for ablation in ablations}
     evaluator = Evaluator(stage, stage, runtime, config.evaluation, inputs.processor.decode_answer)
     stage.eval()
-    with_world = [ablation for ablation in ablations if ablation != "world_disabled"]
+    with_world = [ablation for ablation in ablations if ablation != "world_disabled" and ablation not in reframed]
     fresh = _fresh_projector(stage, config.seed) if "untrained_projection" in with_world else {}
     if with_world:
         for item, features, chunks in _encoded(config, inputs, stage, runtime):
@@ -126,6 +162,9 @@ def _measure(
         plain = replace(inputs, collator=Collator(encoder, collator.max_length, too_long=collator.too_long))
         for item, features, chunks in _encoded(config, plain, stage, runtime):
             evaluator.score(item, features, chunks, tallies["world_disabled"])
+    for name, (changed_config, others) in reframed.items():
+        for item, features, chunks in _encoded(changed_config, others, stage, runtime):
+            evaluator.score(item, features, chunks, tallies[name])
     return {ablation: tally.result(runtime) for ablation, tally in tallies.items()}
 
 
@@ -150,6 +189,8 @@ def _ablated(
     elif ablation == "image_blanked" and batch.pixel_values is not None:
         grey = stage.encode(replace(batch, pixel_values=torch.zeros_like(batch.pixel_values), world_frames=None))
         yield item, replace(features, image_states=grey.image_states)
+    elif ablation == "frames_shuffled" and features.world_latents is not None:
+        yield item, shuffled(stage, batch, features)
     elif ablation == "untrained_projection":
         trained = copy.deepcopy(stage.model.world_projector.state_dict())
         stage.model.world_projector.load_state_dict(fresh)
