@@ -303,6 +303,14 @@ def test_numbers_of_world_tokens():
         assert total in text
 
 
+def test_numbers_of_world_tokens_by_steps_and_pool():
+    text = (ROOT / "docs" / "world-steps.md").read_text()
+    for resolution in (224, 512):
+        for pool in (1, 2, 4):
+            numbers = [f"{world_tokens('spatial', resolution, 16, 1 + 4 * k, pool=pool):,}" for k in range(5)]
+            assert f"| {resolution} | {pool} | {' | '.join(numbers)} |" in text
+
+
 def test_frames_taken_from_a_clip():
     from theworld_train.data.video import select_frames
 
