@@ -65,8 +65,8 @@ class EncodedSample:
 class Known(Protocol):
     """What a frozen encoder has made of images and clips before, each of them encoded alone."""
 
-    def find(self, frames: Sequence[Image.Image]) -> Tensor | None:
-        """Returns what it made of an image (one frame) or clip, or None if that is not known."""
+    def find(self, frames: Sequence[Image.Image], prompt: str = "") -> Tensor | None:
+        """Returns what it made of an image (one frame) or clip, by a prompt if it takes one; None if not known."""
         ...
 
 

@@ -103,7 +103,7 @@ def encode(config: RunConfig, console: Console, only: Sequence[str] = (), *, ver
     with ExitStack() as held, Runtime(config) as runtime:
         with runtime.agreement():
             inputs = open_inputs(config)
-            directory = _directory(config)
+            directory = writable_directory(config)
         with runtime.agreement():
             if runtime.is_main:
                 held.enter_context(run_lock(directory, config.name, KEY))
@@ -159,8 +159,12 @@ def chosen_encoders(config: RunConfig, only: Sequence[str] = ()) -> tuple[Compon
     return tuple(component for component in frozen if not only or component.value in only)
 
 
-def _directory(config: RunConfig) -> Path:
-    """Makes the directory, and makes sure that it can be written to."""
+def writable_directory(config: RunConfig) -> Path:
+    """Makes `data.encoded`, and makes sure that it can be written to.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
     assert config.data.encoded is not None
     directory = Path(config.data.encoded)
     try:
@@ -172,6 +176,19 @@ def _directory(config: RunConfig) -> Path:
         message = f"cannot be written to: {error.strerror}"
         raise ConfigError(Problem(message, key=KEY, value=config.data.encoded)) from error
     return directory
+
+
+def free_space(directory: Path, needed: int, hint: str) -> int:
+    """Returns the bytes that are free in a directory.
+
+    Raises:
+        ConfigError: If fewer are free than needed.
+    """
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        message = f"what is missing takes {needed:,} bytes, but {free:,} are free there"
+        raise ConfigError(Problem(message, key=KEY, value=str(directory), hint=hint))
+    return free
 
 
 def read_places(config: RunConfig, inputs: Inputs) -> list[Place]:
@@ -296,12 +313,9 @@ class _Work:
             samples = f"{share.skipped:,} sample{'s' if share.skipped > 1 else ''}"
             self._say(f"{samples} left out, as in training; the first one, {share.first_skipped}")
         needed = sum(number * self._nbytes(*size) for size, number in missing.items())
-        free = shutil.disk_usage(self.directory).free
+        hint = "free some, choose another directory, or keep one encoder's work alone with --only"
+        free = free_space(self.directory, needed, hint)
         self._say(f"{missing.total():,} pictures to encode into {self.directory}: {needed:,} bytes, {free:,} are free")
-        if needed > free:
-            hint = "free some, choose another directory, or keep one encoder's work alone with --only"
-            message = f"what is missing takes {needed:,} bytes, but {free:,} are free there"
-            raise ConfigError(Problem(message, key=KEY, value=str(self.directory), hint=hint))
         for recipe in self.recipes.values():
             recipe.write(self.directory)
 

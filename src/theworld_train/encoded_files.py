@@ -44,13 +44,19 @@ _METADATA = "__metadata__"
 _SECONDS, _LENGTH_BYTES = "seconds", 8
 
 
-def frames_digest(frames: Sequence[Image.Image]) -> str:
-    """Returns a 128-bit digest of the sizes and RGB pixels of an image (one frame) or clip, as 32 hex digits."""
+def frames_digest(frames: Sequence[Image.Image], prompt: str = "") -> str:
+    """Returns a 128-bit digest of the sizes and RGB pixels of an image (one frame) or clip, as 32 hex digits.
+
+    Args:
+        frames: The frames.
+        prompt: What was asked of the encoder besides, if anything.
+    """
     digest = xxhash.xxh3_128()
     for frame in frames:
         rgb = frame if frame.mode == "RGB" else frame.convert("RGB")
         digest.update(f"{rgb.width}x{rgb.height};".encode())
         digest.update(rgb.tobytes())
+    digest.update(prompt.encode())
     return str(digest.hexdigest())
 
 
@@ -184,9 +190,9 @@ class EncodedFiles:
         """The contents that there are entries of, in order."""
         return [digest.decode() for digest in self._digests.tolist()]
 
-    def find(self, frames: Sequence[Image.Image]) -> Tensor | None:
+    def find(self, frames: Sequence[Image.Image], prompt: str = "") -> Tensor | None:
         """Returns what was made of an image (one frame) or clip, or None if that is not known; see `get`."""
-        return self.get(frames_digest(frames)) if len(self) else None
+        return self.get(frames_digest(frames, prompt)) if len(self) else None
 
     def get(self, digest: str) -> Tensor | None:
         """Returns the entry of a content, or None.

@@ -1,4 +1,4 @@
-"""A killed `encode` leaves what can be used, and several processes keep what one would."""
+"""A killed `encode` or `rollout` leaves what can be used, and several processes keep what one would."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tests.helpers.tiny import TinyCheckpoint, write_run
+from tests.helpers.tiny import RESOLUTION, TinyCheckpoint, write_run
 from theworld_train.config import load_run_config
 from theworld_train.encode import encode
 from theworld_train.encoded_files import EncodedFiles
+from theworld_train.rollout import rollout
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker_encode.py")
@@ -33,24 +34,34 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def write_config(tiny: TinyCheckpoint, directory: Path) -> Path:
+@pytest.fixture(params=["encode", "rollout"])
+def command(request: pytest.FixtureRequest) -> str:
+    """What is run."""
+    return str(request.param)
+
+
+def write_config(tiny: TinyCheckpoint, directory: Path, command: str) -> Path:
     directory.mkdir(exist_ok=True)
-    data = {
-        "train": {"source": "moving_digits", "split": "train", "samples": 24, "frames": 5, "canvas": 32},
-        "num_workers": 0,
-        "encoded": str(directory / "encoded"),
-    }
-    return write_run(tiny, directory, steps=12, batch=2, data=data)
+    train = {"source": "moving_digits", "split": "train", "samples": 24, "frames": 5, "canvas": 32}
+    data = {"train": train, "num_workers": 0, "encoded": str(directory / "encoded")}
+    model = {"base": tiny.gemma, "world": {"encoder": tiny.cosmos, "resolution": RESOLUTION}}
+    if command == "rollout":
+        size = {"height": RESOLUTION, "width": 2 * RESOLUTION, "num_frames": 5}
+        rules = {"pipeline": tiny.cosmos, "num_inference_steps": 1, "negative_prompt": "bad", "dtype": "float32"}
+        data["world"] = {"frames": "rollout", "steps": 1, "rollout": rules | size}
+        model["world"]["max_world_steps"] = 1
+        train["samples"] = 6
+    return write_run(tiny, directory, steps=12, batch=2, data=data, model=model)
 
 
-def launch(config: Path, *, processes: int, dies_after: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [
+def launch(config: Path, command: str, *, processes: int, dies_after: int = 0) -> subprocess.CompletedProcess[str]:
+    arguments = [
         sys.executable,
         *(["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
-    command += [str(WORKER), str(config), str(dies_after)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    arguments += [str(WORKER), str(config), str(dies_after), command]
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
 def entries(config: Path) -> dict[str, Tensor]:
@@ -71,36 +82,43 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def encode_here(config: Path) -> int:
-    """Encodes in this process and returns the number of entries that were new."""
-    return sum(kept.new for kept in encode(load_run_config(config), Console(file=io.StringIO())))
+def work_here(config: Path, command: str) -> int:
+    """Encodes, or generates, in this process and returns the number of entries that were new."""
+    loaded, console = load_run_config(config), Console(file=io.StringIO())
+    if command == "encode":
+        return sum(kept.new for kept in encode(loaded, console))
+    made = rollout(loaded, console)
+    assert made is not None
+    return made.new
 
 
 @pytest.fixture
-def expected(tiny: TinyCheckpoint, tmp_path: Path) -> dict[str, Tensor]:
+def expected(tiny: TinyCheckpoint, tmp_path: Path, command: str) -> dict[str, Tensor]:
     """What one process keeps that nothing happens to."""
-    config = write_config(tiny, tmp_path / "expected")
-    assert encode_here(config) == len(entries(config))
+    config = write_config(tiny, tmp_path / "expected", command)
+    assert work_here(config, command) == len(entries(config))
     return entries(config)
 
 
-def test_killed_encode_goes_on(tiny: TinyCheckpoint, tmp_path: Path, expected: dict[str, Tensor]):
-    config = write_config(tiny, tmp_path / "killed")
-    killed = launch(config, processes=1, dies_after=3)
+def test_what_is_killed_goes_on(tiny: TinyCheckpoint, tmp_path: Path, command: str, expected: dict[str, Tensor]):
+    config = write_config(tiny, tmp_path / "killed", command)
+    killed = launch(config, command, processes=1, dies_after=2)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert len(list((config.parent / "encoded").glob("*/.*.partial"))) == 1, "it died while it wrote"
     kept = entries(config)
     assert 0 < len(kept) < len(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in kept.items())
-    assert encode_here(config) == len(expected) - len(kept)
+    assert work_here(config, command) == len(expected) - len(kept)
     assert_same(entries(config), expected)
     assert not list((config.parent / "encoded").glob("*/.*.partial"))
 
 
 @pytest.mark.distributed
-def test_two_processes_keep_what_one_does(tiny: TinyCheckpoint, tmp_path: Path, expected: dict[str, Tensor]):
-    config = write_config(tiny, tmp_path / "two")
-    result = launch(config, processes=2)
+def test_two_processes_keep_what_one_does(
+    tiny: TinyCheckpoint, tmp_path: Path, command: str, expected: dict[str, Tensor]
+):
+    config = write_config(tiny, tmp_path / "two", command)
+    result = launch(config, command, processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert_same(entries(config), expected)
-    assert result.stdout.count("pictures to encode") == 1, "one rank speaks"
+    assert result.stdout.count("are free") == 1, "one rank speaks"

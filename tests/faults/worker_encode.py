@@ -1,6 +1,7 @@
-"""Encodes as one rank of a launch, in shards of a few entries; it may kill itself while it writes one.
+"""Encodes, or generates, as one rank of a launch, in shards of a few entries; it may kill itself while it writes one.
 
-Arguments: the run config, and the number of shards after which it dies, half a shard written (0: it lives).
+Arguments: the run config, the number of shards after which it dies, half a shard written (0: it lives), and `encode`
+or `rollout`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from rich.console import Console
 
 from theworld_train import encode, encoded_files
 from theworld_train.config import load_run_config
+from theworld_train.rollout import rollout
 
-SHARD_BYTES, LISTED_TOGETHER = 20_000, 2
+LISTED_TOGETHER = 2
+#: A handful of pictures, or two futures of the tiny model.
+SHARD_BYTES = {"encode": 20_000, "rollout": 4_096}
 
 
 def main() -> None:
@@ -30,10 +34,11 @@ def main() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
 
-    encoded_files.SHARD_BYTES, encode.LISTED_TOGETHER = SHARD_BYTES, LISTED_TOGETHER
+    command = sys.argv[3]
+    encoded_files.SHARD_BYTES, encode.LISTED_TOGETHER = SHARD_BYTES[command], LISTED_TOGETHER
     encoded_files.sync = sync_or_die
-    for kept in encode.encode(load_run_config(sys.argv[1]), Console()):
-        print(kept)
+    work = {"encode": encode.encode, "rollout": rollout}[command]
+    print(work(load_run_config(sys.argv[1]), Console()))
 
 
 if __name__ == "__main__":

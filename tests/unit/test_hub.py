@@ -14,6 +14,8 @@ from huggingface_hub import constants, errors
 
 from theworld_train import hub
 from theworld_train.config import ConfigError, RunConfig, parse_run_config
+from theworld_train.config.rollout import RolloutRules
+from theworld_train.config.sources import WorldFrames
 from theworld_train.hub import Lock, LockedDataset, LockedModel
 
 BASE, ENCODER, DATA = "google/gemma-3-4b-it", "nvidia/Cosmos-Predict2-2B-Video2World", "someone/pictures"
@@ -189,6 +191,21 @@ def test_a_checkpoint_needs_the_bases_that_it_names(tmp_path: Path) -> None:
     (tmp_path / "components.json").write_text(json.dumps(record))
     uses = hub.required_repositories(config_of(base=str(tmp_path)))
     assert [(use.id, use.revision) for use in uses] == [(str(tmp_path), None), (BASE, A), (ENCODER, None)]
+
+
+def test_a_generator_is_needed_by_who_generates_alone(tmp_path: Path) -> None:
+    base = str(tmp_path)
+    pipeline = str(tmp_path / "nothing/at/all")
+    plain = config_of(base=base, world={"encoder": base})
+    assert not any(use.generates for use in hub.required_repositories(plain))
+    world = WorldFrames(frames="rollout", steps=1, rollout=RolloutRules(pipeline=pipeline))
+    config = plain.model_copy(update={"data": plain.data.model_copy(update={"world": world, "encoded": base})})
+    (use,) = [use for use in hub.required_repositories(config) if use.generates]
+    assert (use.id, use.key) == (pipeline, "data.world.rollout.pipeline")
+    assert {"model_index.json", "vae/*.safetensors", "transformer/*.safetensors"} < set(use.patterns)
+    assert hub.ensure_local(config, Lock()) == []
+    (problem,) = hub.ensure_local(config, Lock(), generating=True)
+    assert problem.key == "data.world.rollout.pipeline"
 
 
 def test_two_configs_cannot_lock_two_revisions(fetch: Fetch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,21 @@ def find_rollouts(
     """
     assert config.data.encoded is not None
     encoder = recipe_of(Component.WORLD_ENCODER, config, processor, model).values
-    ours = {f"encoder.{name}": value for name, value in encoder.items() if model is not None or name != WEIGHTS}
+    ours = _rollout_values(config, encoder)
+    if model is None:
+        del ours[f"encoder.{WEIGHTS}"]
+    steps = config.data.world.steps or 0
     recipes = recipes_in(Path(config.data.encoded), ROLLOUT)
     differing = [
         {name: (recipe.values.get(name), ours[name]) for name in ours if recipe.values.get(name) != ours[name]}
+        | ({"steps": (recipe.values["steps"], steps)} if recipe.values.get("steps", 0) < steps else {})
         for recipe in recipes
     ]
     fitting = [recipe for recipe, found in zip(recipes, differing, strict=True) if not found]
     value = config.data.encoded
     if not recipes:
         message = "holds no rollouts, which data.world.frames: rollout reads"
-        raise ConfigError(Problem(message, key=KEY, value=value, hint="choose image, history or future"))
+        raise ConfigError(Problem(message, key=KEY, value=value, hint="make them with `theworld-train rollout CONFIG`"))
     if not fitting:
         raise ConfigError(
             [
@@ -116,6 +121,27 @@ def find_rollouts(
         message = f"holds {len(fitting)} sets of rollouts, which differ in {', '.join(names)}"
         raise ConfigError(Problem(message, key=KEY, value=value, hint="keep one of them in this directory"))
     return fitting[0]
+
+
+def rollout_recipe(config: RunConfig, encoder: Recipe, weights: str) -> Recipe:
+    """Returns all that determines the rollouts of a picture and a prompt.
+
+    Args:
+        config: The run config.
+        encoder: Recipe of the run's world encoder.
+        weights: Digest of the generator's weights.
+    """
+    steps = config.model.world.max_world_steps
+    return Recipe(ROLLOUT, {"steps": steps, "generator.weights": weights, **_rollout_values(config, encoder.values)})
+
+
+def _rollout_values(config: RunConfig, encoder: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what is known of rollouts without the generator's weights; the prompts are in the keys of entries."""
+    rules = config.data.world.rollout.model_dump(mode="json", exclude={"prompt"})
+    return {
+        **{f"encoder.{name}": value for name, value in encoder.items()},
+        **{f"generator.{name}": value for name, value in rules.items()},
+    }
 
 
 def check_encoded(config: RunConfig, processor: TheWorldProcessor) -> None:

@@ -52,6 +52,7 @@ COMMANDS: dict[str, CommandEntry] = {
         "theworld_train.cli.prepare:prepare", "Fetch the images that rows name by URL, for training."
     ),
     "encode": CommandEntry("theworld_train.cli.encode:encode", "Keep what frozen encoders make of a run's media."),
+    "rollout": CommandEntry("theworld_train.cli.rollout:rollout", "Generate what follows the pictures of a run."),
     "plan": CommandEntry("theworld_train.cli.plan:plan", "Plan a run's memory, and say whether it fits a GPU."),
     "data": CommandEntry("theworld_train.cli.data:data", "Count the tokens of a run's data, and show its samples."),
     "profile": CommandEntry("theworld_train.cli.profile:profile", "Measure where the time and memory of steps go."),

@@ -47,12 +47,13 @@ def one_run_config(command: str, paths: Sequence[str], overrides: Sequence[str])
     return paths[0], load_run_config(paths[0], overrides)
 
 
-def at_hand(path: str, config: RunConfig) -> RunConfig:
+def at_hand(path: str, config: RunConfig, *, generating: bool = False) -> RunConfig:
     """Returns a config with its hub revisions pinned, once everything that it reads is on this machine.
 
     Args:
         path: Where the config was read.
         config: The config.
+        generating: Whether its rollouts are to be generated, rather than read.
 
     Raises:
         ConfigError: With everything that is missing.
@@ -60,6 +61,6 @@ def at_hand(path: str, config: RunConfig) -> RunConfig:
     from theworld_train import hub
 
     lock = hub.read_lock(hub.LOCK_FILE)
-    if problems := hub.ensure_local(config, lock, path):
+    if problems := hub.ensure_local(config, lock, path, generating=generating):
         raise ConfigError(problems)
     return hub.pin_revisions(config, lock)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from theworld_train.evaluate.answer import AnsweringModel, Future
 
 #: Frames taken from a video unless told otherwise, as sources of training data do.
 DEFAULT_FRAMES = 9
@@ -29,8 +32,19 @@ def generate(
         bool | None,
         typer.Option("--world/--no-world", help="Whether the model sees world tokens; if absent, whether it can."),
     ] = None,
+    rollout: Annotated[
+        int | None,
+        typer.Option("--rollout", min=1, help="Latent frames to generate behind each image, or the end of each clip."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="With --rollout: a run config that says how; that of the checkpoint's run if absent."),
+    ] = None,
 ) -> None:
     """Answer a question about images or clips, by greedy decoding.
+
+    With --rollout, Cosmos-Predict2 continues the picture first, as data.world.rollout of a run config says, and the
+    model sees what it makes of it.
 
     Example:
         theworld-train generate runs/quickstart/full --video clip.mp4 --prompt "Which way does it move?"
@@ -42,8 +56,34 @@ def generate(
 
     source = find_model(checkpoint, world)
     frames = _frames_to_take(max_frames, source.max_frames)
+    future = _future(source, rollout, config)
     content = _content(image or [], video or [], frames, prompt)
-    typer.echo(answer(source, content, max_new_tokens=max_new_tokens))
+    typer.echo(answer(source, content, max_new_tokens=max_new_tokens, future=future))
+
+
+def _future(source: AnsweringModel, steps: int | None, config: Path | None) -> Future | None:
+    """Returns how futures are generated, if they are.
+
+    Raises:
+        ConfigError: If the model takes fewer steps, or the config does not generate so many.
+    """
+    from theworld_train.config import load_run_config
+    from theworld_train.config.errors import ConfigError, Problem
+    from theworld_train.evaluate.answer import Future, find_rules
+
+    if steps is None:
+        if config is not None:
+            raise ConfigError(Problem("goes with --rollout", key="--config", value=str(config)))
+        return None
+    most = 0 if source.max_frames is None else (source.max_frames - 1) // 4
+    message = f"the model takes at most {most}, its max_world_steps" if most else "the model sees no world tokens"
+    if steps > most:
+        raise ConfigError(Problem(message, key="--rollout", value=steps))
+    rules = find_rules(source.path) if config is None else load_run_config(config).data.world.rollout
+    if 1 + 4 * steps > rules.num_frames:
+        message = f"{steps} steps reach over {1 + 4 * steps} frames, and {rules.num_frames} are generated"
+        raise ConfigError(Problem(message, key="data.world.rollout.num_frames", value=rules.num_frames))
+    return Future(steps, rules)
 
 
 def _frames_to_take(wanted: int | None, most: int | None) -> int:

@@ -96,7 +96,7 @@ def wrong_names(config: RunConfig, path: str) -> list[Problem]:
     """
     from theworld_train.hub import required_repositories
 
-    named = [use.name_problem() for use in required_repositories(config, path) if use.kind == "model"]
+    named = [use.name_problem() for use in required_repositories(config, path) if use.kind == "model" and not use.generates]
     return [problem for problem in named if problem is not None]
 
 

@@ -15,7 +15,7 @@ def tiny(
         int, typer.Option(min=8, help="Side of the frames that the VAE's statistics are measured on.")
     ] = 32,
 ) -> None:
-    """Write a tiny Gemma 3 and a tiny video VAE in the hub's layout, for a laptop without a GPU, token or network.
+    """Write a tiny Gemma 3 and a tiny video generator in the hub's layout, for a laptop without GPU, token or network.
 
     Example:
         theworld-train tiny runs/tiny

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from theworld_train.config.rollout import RolloutRules
 from theworld_train.config.section import (
     Fraction,
     Name,
@@ -35,6 +36,8 @@ class WorldFrames(Section):
     steps: NonNegativeInt | None = None
     """Latent frames besides the present, k: a clip gives 1 + 4k frames, or the sample is left out. If absent, as many
     as a clip has, up to the `max_video_frames` of its source; a rollout needs the number."""
+    rollout: RolloutRules = RolloutRules()
+    """How futures are generated, for `frames: rollout` and for measuring with them."""
 
     @model_validator(mode="after")
     def _check_steps(self) -> WorldFrames:
@@ -44,6 +47,11 @@ class WorldFrames(Section):
             )
         if self.frames == "rollout" and not self.steps:
             raise ValueError("frames: rollout needs steps, the latent frames that follow the present; at least 1")
+        if self.frames == "rollout" and 1 + 4 * (self.steps or 0) > self.rollout.num_frames:
+            raise ValueError(
+                f"steps: {self.steps} reaches over {1 + 4 * (self.steps or 0)} frames, and rollout.num_frames is "
+                f"{self.rollout.num_frames}"
+            )
         return self
 
     def taken(self, most: int) -> int:

@@ -90,7 +90,7 @@ def open_source(config: SourceSection | MixtureSource, world: WorldFrames = AS_G
     if isinstance(config, MixtureSource):
         return MixedSource({name: open_source(part.data, world) for name, part in config.parts.items()})
     source = _open_leaf(config, world)
-    return RolloutSource(source, world.steps) if world.frames == "rollout" and world.steps else source
+    return RolloutSource(source, world.steps, world.rollout) if world.frames == "rollout" and world.steps else source
 
 
 def _open_leaf(config: SourceSection, world: WorldFrames) -> Source:

@@ -104,7 +104,7 @@ class _Noted:
     def __init__(self, component: Component, asked: list[Picture]) -> None:
         self._component, self._asked = component, asked
 
-    def find(self, frames: Sequence[Image.Image]) -> Tensor | None:
+    def find(self, frames: Sequence[Image.Image], prompt: str = "") -> Tensor | None:
         self._asked.append(Picture(self._component, frames_digest(frames), len(frames)))
         return torch.empty(0)
 
@@ -116,7 +116,7 @@ class _Chosen:
         self._wanted = set(wanted)
         self.found: list[str] = []
 
-    def find(self, frames: Sequence[Image.Image]) -> Tensor | None:
+    def find(self, frames: Sequence[Image.Image], prompt: str = "") -> Tensor | None:
         digest = frames_digest(frames)
         if digest not in self._wanted:
             return torch.empty(0)

@@ -1,23 +1,36 @@
-"""Samples whose images and clips come with a generated future."""
+"""Samples whose images and clips come with a generated future, and what has to be generated for them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from theworld_train.data.source import Finding, Sample, Source
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from theworld_train.batch import ROLLOUT
+from theworld_train.config.rollout import RolloutRules
+from theworld_train.data.collator import Collator
+from theworld_train.data.source import Finding, Sample, Source, UnreadableSampleError
+from theworld_train.data.workers import in_workers
+from theworld_train.encoded_files import frames_digest
+
+#: More latent frames than any sample asks for.
+_LONG_ENOUGH = 2**20
 
 
 class RolloutSource:
-    """A source whose visual parts state how many latent frames follow the present; whoever encodes them looks these up.
+    """A source whose visual parts state how many latent frames follow the present, and by which prompt.
 
     Clips come with their present alone.
     """
 
-    def __init__(self, source: Source, steps: int) -> None:
-        """Args: source: the samples. steps: latent frames after the present."""
-        self.source, self._steps = source, steps
+    def __init__(self, source: Source, steps: int, rules: RolloutRules) -> None:
+        """Args: source: the samples. steps: latent frames after the present. rules: how they are generated."""
+        self.source, self._steps, self._rules = source, steps, rules
 
     def __len__(self) -> int:
         """Returns the number of samples."""
@@ -36,10 +49,122 @@ class RolloutSource:
         return self.source.check()
 
     def _stated(self, sample: Sample) -> Sample:
-        messages = [{**message, "content": self._parts(message["content"])} for message in sample.messages]
-        return replace(sample, messages=messages)
+        return replace(sample, messages=state_rollouts(sample.messages, self._steps, self._rules))
 
-    def _parts(self, content: str | Iterable[dict[str, Any]]) -> str | list[dict[str, Any]]:
-        if isinstance(content, str):
-            return content
-        return [part if part["type"] == "text" else {**part, "steps": self._steps} for part in content]
+
+def state_rollouts(messages: Iterable[dict[str, Any]], steps: int, rules: RolloutRules) -> list[dict[str, Any]]:
+    """Returns messages whose visual parts ask for a future.
+
+    Args:
+        messages: Of a conversation.
+        steps: Latent frames that follow the present.
+        rules: How they are generated.
+    """
+    messages = list(messages)
+    stated = {"steps": steps, "prompt": rules.prompt_for(first_question(messages))}
+    return [{**message, "content": _with(message["content"], stated)} for message in messages]
+
+
+def first_question(messages: Iterable[dict[str, Any]]) -> str:
+    """Returns the first text of the user; empty if there is none."""
+    for message in messages:
+        if message["role"] != "user":
+            continue
+        content = message["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        for text in texts:
+            if stripped := str(text).strip():
+                return stripped
+    return ""
+
+
+def _with(content: str | Iterable[dict[str, Any]], stated: dict[str, Any]) -> str | list[dict[str, Any]]:
+    """Returns the content of a message, the visual parts of which state more."""
+    if isinstance(content, str):
+        return content
+    return [part if part["type"] == "text" else {**part, **stated} for part in content]
+
+
+@dataclass(frozen=True)
+class Future:
+    """What is to be generated.
+
+    Attributes:
+        digest: Of the picture and the prompt.
+        prompt: What is to happen.
+        picture: The present, if it was asked for.
+    """
+
+    digest: str
+    prompt: str
+    picture: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Futures:
+    """The futures that one sample needs.
+
+    Attributes:
+        place: The sample: its source, by its place among several, and its index.
+        sample: The sample's id; empty if it cannot be read.
+        wanted: In their order, repeated ones too.
+        skipped: Why training would not take the sample, which then has none; empty if it would.
+    """
+
+    place: tuple[int, int]
+    sample: str = ""
+    wanted: tuple[Future, ...] = ()
+    skipped: str = ""
+
+
+def list_futures(
+    sources: Sequence[Source],
+    collator: Collator,
+    places: Sequence[tuple[int, int]],
+    num_workers: int,
+    *,
+    pictures: bool,
+) -> Generator[Futures, None, None]:
+    """Yields the futures that samples need, as training will look them up.
+
+    Args:
+        sources: The sources, whose samples state what they need; see `RolloutSource`.
+        collator: Encodes samples, and says which fit.
+        places: The samples.
+        num_workers: Worker processes; 0 works in this process.
+        pictures: Whether the pictures are wanted too.
+    """
+    return in_workers(_Lister(sources, collator, pictures), places, min(num_workers, len(places)))
+
+
+class _Noted:
+    """Takes every future for known, and notes which were asked for."""
+
+    def __init__(self, asked: list[Future], *, pictures: bool) -> None:
+        self._asked, self._pictures = asked, pictures
+
+    def find(self, frames: Sequence[Image.Image], prompt: str = "") -> Tensor:
+        picture = frames[-1].convert("RGB") if self._pictures else None
+        self._asked.append(Future(frames_digest(frames, prompt), prompt, picture))
+        return torch.empty(_LONG_ENOUGH, 0)
+
+
+@dataclass(frozen=True)
+class _Lister(Dataset[Futures]):
+    sources: Sequence[Source]
+    collator: Collator
+    pictures: bool
+
+    def __getitem__(self, place: tuple[int, int]) -> Futures:
+        asked: list[Future] = []
+        source, index = place
+        try:
+            collator = self.collator.knowing({ROLLOUT: _Noted(asked, pictures=self.pictures)})
+            sample = self.sources[source][index]
+            if collator.fit(collator.encode_whole(sample)) is None:
+                return Futures(
+                    place, sample.id, skipped=f"sample {sample.id} does not fit {collator.max_length} tokens"
+                )
+        except UnreadableSampleError as error:
+            return Futures(place, skipped=str(error))
+        return Futures(place, sample.id, tuple(asked))

@@ -17,19 +17,24 @@ from theworld_train.hub.repositories import Repository, pinned, read_json, requi
 _INFO = "dataset_info.json"
 
 
-def ensure_local(config: RunConfig, lock: Lock, source: str | None = None) -> list[Problem]:
+def ensure_local(
+    config: RunConfig, lock: Lock, source: str | None = None, *, generating: bool = False
+) -> list[Problem]:
     """Checks, without the network, that everything a run reads from the hub is here.
 
     Args:
         config: The run config.
         lock: The lock.
         source: The file that the config came from, for problems.
+        generating: Whether its rollouts are to be generated, rather than read.
 
     Returns:
         A problem, with how to mend it, for everything that is neither a directory nor complete in the local cache.
     """
     problems: list[Problem] = []
     for use in required_repositories(config, source):
+        if use.generates and not generating:
+            continue
         if (wrong := use.name_problem()) is not None:
             problems.append(wrong)
         elif not use.is_directory:

@@ -22,6 +22,16 @@ BASE_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merge
 #: Of the world encoder's repository only the VAE: neither the diffusion transformer nor the text encoder.
 ENCODER_PATTERNS = ("vae/*.safetensors", "vae/*.json")
 
+#: What a video generator is loaded from.
+GENERATOR_PATTERNS = (
+    "model_index.json",
+    *ENCODER_PATTERNS,
+    *(f"{part}/*.{kind}" for part in ("transformer", "text_encoder") for kind in ("safetensors", "json")),
+    "scheduler/*.json",
+    "tokenizer/*.json",
+    "tokenizer/spiece.model",
+)
+
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
@@ -38,6 +48,7 @@ class Repository:
         patterns: Files that are needed of a model, or of a dataset that is streamed.
         configs: Configurations that are needed of a dataset that is copied.
         source: File that the config came from.
+        generates: Whether it is a video generator, which `rollout` needs and training does not.
     """
 
     kind: Kind
@@ -48,6 +59,7 @@ class Repository:
     patterns: tuple[str, ...] = ()
     configs: tuple[str | None, ...] = ()
     source: str | None = None
+    generates: bool = False
 
     @property
     def is_directory(self) -> bool:
@@ -74,13 +86,15 @@ class Repository:
 
 
 def required_repositories(config: RunConfig, source: str | None = None) -> list[Repository]:
-    """Lists the repositories and directories that a run reads its weights and datasets from.
+    """Lists the repositories and directories that a run reads weights and datasets from; its generator's too.
 
     Args:
         config: The run config.
         source: The file that it came from, for problems.
     """
-    return [replace(use, source=source) for use in (*_model_uses(config), *_dataset_uses(config))]
+    return [
+        replace(use, source=source) for use in (*_model_uses(config), *_generator_uses(config), *_dataset_uses(config))
+    ]
 
 
 def _model_uses(config: RunConfig) -> Iterator[Repository]:
@@ -95,6 +109,13 @@ def _model_uses(config: RunConfig) -> Iterator[Repository]:
     elif world.enabled and (read_json(Path(model.base) / "config.json") or {}).get("model_type") != "theworld":
         key = "model.world.encoder"
         yield Repository("model", world.encoder, world.encoder_revision, key, f"{key}_revision", ENCODER_PATTERNS)
+
+
+def _generator_uses(config: RunConfig) -> Iterator[Repository]:
+    world, rules, key = config.data.world, config.data.world.rollout, "data.world.rollout"
+    if world.frames == "rollout":
+        keys = f"{key}.pipeline", f"{key}.revision"
+        yield Repository("model", rules.pipeline, rules.revision, *keys, GENERATOR_PATTERNS, generates=True)
 
 
 def _dataset_uses(config: RunConfig) -> Iterator[Repository]:

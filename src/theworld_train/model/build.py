@@ -27,6 +27,7 @@ from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.modeling import TheWorldForConditionalGeneration
 from theworld_train.model.pretrained import read_config
 from theworld_train.model.processing import CHAT_TEMPLATE
+from theworld_train.model.tiny_generator import write_tiny_generator
 from theworld_train.model.world_encoder import WorldEncoder, read_vae_config, vae_config
 
 _SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>")
@@ -187,7 +188,7 @@ def tiny_gemma_config(tokenizer: GemmaTokenizer, **text: Any) -> Gemma3Config:
 
 
 def write_tiny(directory: Path, words: Sequence[str], clips: Tensor, seed: int = 0, **text: Any) -> None:
-    """Writes a tiny Gemma 3 (`gemma/`) and a tiny video VAE (`cosmos/vae/`) in the hub's layout.
+    """Writes a tiny Gemma 3 (`gemma/`) and a tiny video generator with its VAE (`cosmos/`) in the hub's layout.
 
     The VAE is random, so its latent statistics are measured on `clips`: with the full model's statistics its latents
     would hardly differ from each other.
@@ -231,6 +232,7 @@ def write_tiny(directory: Path, words: Sequence[str], clips: Tensor, seed: int =
     )
     processor.save_pretrained(temporary / "gemma")
     vae.save_pretrained(temporary / "cosmos" / "vae")
+    write_tiny_generator(temporary / "cosmos", words, seed)
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
 

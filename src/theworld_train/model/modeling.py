@@ -12,13 +12,14 @@ from transformers import Cache, Gemma3ForConditionalGeneration
 from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3CausalLMOutputWithPast
 
+from theworld_train.accounting.tokens import latent_frames
 from theworld_train.model.components import component_parameters
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.pretrained import load_pretrained
 from theworld_train.model.world_encoder import WorldEncoder
 from theworld_train.model.world_projector import WorldProjector
 
-_WORLD_INPUTS = ("world_frames", "world_frame_counts", "world_offsets")
+_WORLD_INPUTS = ("world_frames", "world_frame_counts", "world_offsets", "world_latents")
 
 
 class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
@@ -131,6 +132,7 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
         world_frames: Tensor | None = None,
         world_frame_counts: tuple[int, ...] | Tensor | None = None,
         world_offsets: tuple[int, ...] | Tensor | None = None,
+        world_latents: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...] | Gemma3CausalLMOutputWithPast:
@@ -151,6 +153,8 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             world_frame_counts: Frames of each world block.
             world_offsets: Of the first latent frame of each block from the present, in latent frames; if absent, every
                 block ends in it.
+            world_latents: What the world encoder, or a generator, has made of all blocks, instead of `world_frames`:
+                `(latent frames of all world blocks, channels, height / 8, width / 8)`, normalised.
             mm_encoder_outputs: Images that `generate` has encoded beforehand, instead of `pixel_values`.
             **kwargs: Passed on to the parent.
 
@@ -166,20 +170,15 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
                 image_features = mm_encoder_outputs["image"].pooler_output
             elif pixel_values is not None:
                 image_features = self.model.multi_modal_projector(self.encode_images(pixel_values))
-            latents: Tensor | None = None
-            latent_counts: tuple[int, ...] = ()
-            if world_frames is not None:
-                assert world_frame_counts is not None, "world_frames need world_frame_counts"
-                counts = tuple(int(count) for count in world_frame_counts)
-                latents, latent_counts = self.world_encoder(world_frames, counts)
+            latents, latent_counts = self._latents(world_frames, world_frame_counts, world_latents)
             self._check_placeholders(input_ids, image_features, latents)
             if token_type_ids is None and image_features is not None:
                 token_type_ids = (input_ids == self.config.image_token_id).long()
             offsets = () if world_offsets is None else tuple(int(offset) for offset in world_offsets)
             inputs_embeds = self.embed(input_ids, image_features, latents, latent_counts, offsets)
             input_ids = pixel_values = mm_encoder_outputs = None
-        elif world_frames is not None:
-            raise ValueError("world_frames need input_ids and a model with a world path (enable_world=True)")
+        elif world_frames is not None or world_latents is not None:
+            raise ValueError("world blocks need input_ids and a model with a world path (enable_world=True)")
         output: tuple[Any, ...] | Gemma3CausalLMOutputWithPast = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -195,6 +194,19 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             **kwargs,
         )
         return output
+
+    def _latents(
+        self, frames: Tensor | None, counts: tuple[int, ...] | Tensor | None, latents: Tensor | None
+    ) -> tuple[Tensor | None, tuple[int, ...]]:
+        """Returns the latents of world blocks, encoded unless they are given, and the latent frames of each block."""
+        if frames is None and latents is None:
+            return None, ()
+        assert counts is not None, "world blocks need world_frame_counts"
+        spans = tuple(int(count) for count in counts)
+        if latents is not None:
+            return latents, tuple(latent_frames(span) for span in spans)
+        encoded: tuple[Tensor, tuple[int, ...]] = self.world_encoder(frames, spans)
+        return encoded
 
     def _check_placeholders(self, input_ids: Tensor, images: Tensor | None, latents: Tensor | None) -> None:
         """Refuses placeholders for which no features were given; `embed` checks the rest."""
@@ -254,14 +266,16 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
             per_sample = (input_ids == self.config.boi_token_id).sum(-1).tolist()
             parts = visuals["pixel_values"].split(per_sample)
             result["pixel_values"] = torch.cat([part for part in parts for _ in range(times)])
-        if "world_frames" in visuals:
+        if "world_frame_counts" in visuals:
             blocks = (input_ids == self.config.start_of_world_token_id).sum(-1).tolist()
             counts = [int(count) for count in visuals["world_frame_counts"]]
-            frames = visuals["world_frames"].split(counts)
             order: list[int] = []
             for number, start in zip(blocks, [0, *accumulate(blocks)], strict=False):
                 order += [*range(start, start + number)] * times
-            result["world_frames"] = torch.cat([frames[index] for index in order])
+            spans = {"world_frames": counts, "world_latents": [latent_frames(count) for count in counts]}
+            for name in spans.keys() & visuals.keys():
+                blocks_of = visuals[name].split(spans[name])
+                result[name] = torch.cat([blocks_of[index] for index in order])
             result["world_frame_counts"] = tuple(counts[index] for index in order)
             if "world_offsets" in visuals:
                 result["world_offsets"] = tuple(int(visuals["world_offsets"][index]) for index in order)

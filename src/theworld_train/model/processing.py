@@ -16,7 +16,7 @@ from transformers import BatchFeature, Gemma3Processor, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from theworld_train.accounting.tokens import world_tokens
+from theworld_train.accounting.tokens import clip_frames, world_tokens
 from theworld_train.batch import EncodedSample, KnownEncodings
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
@@ -281,8 +281,8 @@ class TheWorldProcessor(Gemma3Processor):
 
     def _fit_frames(self, visual: Visual) -> Tensor:
         """Returns the frames of an image or clip as `(frames, 3, resolution, resolution)` in [-1, 1]."""
-        fitted = [np.asarray(fit_frame(frame, self.world_resolution, self.world_resize)) for frame in frames_of(visual)]
-        return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+        side, rule = self.world_resolution, self.world_resize
+        return frames_to_pixels([fit_frame(frame, side, rule) for frame in frames_of(visual)])
 
     def decode_answer(self, tokens: Sequence[int]) -> str:
         """Returns the text of generated tokens, without those that end a turn or fill a row."""
@@ -320,7 +320,8 @@ class TheWorldProcessor(Gemma3Processor):
         Args:
             conversation: One conversation or a list of them; visual parts hold loaded images.
             chat_template: Another template, for rendering to text alone.
-            **kwargs: `tokenize`, `add_generation_prompt`, `padding_side`; the rest as in transformers.
+            **kwargs: `tokenize`, `add_generation_prompt`, `padding_side`, `known` as of `encode`, which knows all
+                world blocks or none; the rest as in transformers.
 
         Returns:
             The rendered text, or a `BatchFeature`.
@@ -329,7 +330,8 @@ class TheWorldProcessor(Gemma3Processor):
             return super().apply_chat_template(list(conversation), chat_template, **kwargs)
         batch = [conversation] if isinstance(conversation[0], dict) else conversation
         prompt = bool(kwargs.get("add_generation_prompt", False))
-        samples = [self.encode(messages, add_generation_prompt=prompt) for messages in batch]
+        known = kwargs.get("known")
+        samples = [self.encode(messages, add_generation_prompt=prompt, known=known) for messages in batch]
         return self._collate(samples, kwargs.get("padding_side", "left"))
 
     def _collate(self, samples: Sequence[EncodedSample], padding_side: str) -> BatchFeature:
@@ -347,13 +349,20 @@ class TheWorldProcessor(Gemma3Processor):
         if frames:
             data["world_frames"] = torch.cat(frames)
             data["world_frame_counts"] = torch.tensor([len(block) for block in frames])
+        latents = [block for sample in samples for block in sample.world_latents if block is not None]
+        if latents:
+            if frames:
+                raise ValueError("the latents of some world blocks are known, and those of others are not")
+            data["world_latents"] = torch.cat(latents)
+            data["world_frame_counts"] = torch.tensor([clip_frames(len(block)) for block in latents])
+        if frames or latents:
             data["world_offsets"] = torch.tensor([offset for sample in samples for offset in sample.world_offsets])
         return BatchFeature(data)
 
     @property
     def model_input_names(self) -> list[str]:
         """Names of the tensors that the processor makes."""
-        world = ["world_frames", "world_frame_counts", "world_offsets"] if self.enable_world else []
+        world = ["world_frames", "world_frame_counts", "world_offsets", "world_latents"] if self.enable_world else []
         return [*super().model_input_names, *world]
 
 
@@ -392,6 +401,12 @@ def fit_frame(frame: Image.Image, side: int, rule: str) -> Image.Image:
     resized = frame.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return resized.crop((left, top, left + side, top + side))
+
+
+def frames_to_pixels(frames: Sequence[Image.Image]) -> Tensor:
+    """Returns RGB frames of one size as `(frames, 3, height, width)` in [-1, 1]."""
+    arrays = np.stack([np.asarray(frame) for frame in frames])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
 
 
 def _split_at(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, bool]]:

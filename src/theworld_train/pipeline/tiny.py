@@ -18,7 +18,7 @@ from theworld_train.model.processing import fit_frame
 
 
 def build_tiny(directory: Path, seed: int = 0, resolution: int = 32) -> bool:
-    """Writes the tiny Gemma 3 and the tiny VAE of the quickstart, unless they are there already.
+    """Writes the tiny Gemma 3 and the tiny video generator of the quickstart, unless they are there already.
 
     Args:
         directory: Receives `gemma/` and `cosmos/`.
@@ -32,7 +32,7 @@ def build_tiny(directory: Path, seed: int = 0, resolution: int = 32) -> bool:
         ConfigError: If the directory holds something else.
     """
     mark = directory / "tiny.json"
-    facts = {"format": 1, "seed": seed, "resolution": resolution}
+    facts = {"format": 2, "seed": seed, "resolution": resolution}
     if mark.is_file() and json.loads(mark.read_text()) == facts:
         return False
     if directory.exists() and not mark.is_file() and any(directory.iterdir()):
