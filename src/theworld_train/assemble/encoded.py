@@ -100,7 +100,7 @@ def find_rollouts(
     recipes = recipes_in(Path(config.data.encoded), ROLLOUT)
     differing = [
         {name: (recipe.values.get(name), ours[name]) for name in ours if recipe.values.get(name) != ours[name]}
-        | ({"steps": (recipe.values["steps"], steps)} if recipe.values.get("steps", 0) < steps else {})
+        | ({"steps": (kept, steps)} if (kept := recipe.values.get("steps", 0)) < steps else {})
         for recipe in recipes
     ]
     fitting = [recipe for recipe, found in zip(recipes, differing, strict=True) if not found]

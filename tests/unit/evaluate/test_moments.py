@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.tiny import TinyCheckpoint, write_run
 from theworld_train.assemble import run
-from theworld_train.assemble.encoded import recipe_of
+from theworld_train.assemble.encoded import recipe_of, rollout_recipe
 from theworld_train.assemble.inputs import open_evaluation_inputs, open_processor
 from theworld_train.assemble.model import load_model
 from theworld_train.batch import ROLLOUT
@@ -25,7 +25,7 @@ from theworld_train.config import load_run_config, parse_run_config
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.schema import ABLATIONS, RunConfig
-from theworld_train.encoded_files import Recipe, ShardWriter, frames_digest
+from theworld_train.encoded_files import ShardWriter, frames_digest
 from theworld_train.evaluate.ablations import run_ablations
 from theworld_train.evaluate.moments import _order, fitting_ablations, with_frames
 
@@ -88,16 +88,15 @@ class _Asked:
     def __init__(self) -> None:
         self.digests: list[str] = []
 
-    def find(self, frames: Sequence[Image.Image], *prompt: str) -> Tensor:
-        self.digests.append(frames_digest(frames, *prompt))
+    def find(self, frames: Sequence[Image.Image], prompt: str = "") -> Tensor:
+        self.digests.append(frames_digest(frames, prompt))
         return torch.zeros(9, 16, 1, 1)
 
 
 def keep_futures_as_rollouts(config: RunConfig, directory: Path) -> None:
     """Writes the latents of the real futures of the held-out samples as if they had been generated."""
     model, processor = load_model(config, ()).model, open_processor(config)
-    encoder = recipe_of(Component.WORLD_ENCODER, config, processor, model).values
-    recipe = Recipe(ROLLOUT, {f"encoder.{name}": value for name, value in encoder.items()})
+    recipe = rollout_recipe(config, recipe_of(Component.WORLD_ENCODER, config, processor, model), "weights")
     writer = ShardWriter(recipe.write(directory), {"device": "cpu"})
     changed = config.model_copy(update={"data": config.data.model_copy(update={"encoded": str(directory)})})
     real, made = open_evaluation_inputs(config), open_evaluation_inputs(with_frames(changed, "rollout"))
