@@ -85,7 +85,9 @@ def check_rollout(config: RunConfig) -> None:
         raise ConfigError(Problem(message, key="data.world.frames", value=world.frames, hint=hint))
 
 
-def rollout(config: RunConfig, console: Console, guardrail: Guardrail | None = None) -> Generated | None:
+def rollout(
+    config: RunConfig, console: Console, guardrail: Guardrail | None = None, *, only_held_out: bool = False
+) -> Generated | None:
     """Writes the futures that a run reads into `data.encoded`; every rank calls it.
 
     What is there already stays. The ranks share what is missing, sorted by prompt.
@@ -94,6 +96,7 @@ def rollout(config: RunConfig, console: Console, guardrail: Guardrail | None = N
         config: The run config, whose `data.world.frames` is `rollout`.
         console: Where the main rank says what it does.
         guardrail: Checks prompts and frames instead of NVIDIA's.
+        only_held_out: Whether the samples that are trained on are left out.
 
     Returns:
         What is kept now; on other ranks than the main one, nothing.
@@ -102,6 +105,8 @@ def rollout(config: RunConfig, console: Console, guardrail: Guardrail | None = N
         ConfigError: If there is nothing to generate, an input is wrong, or the directory cannot take it.
     """
     check_rollout(config)
+    if only_held_out and config.data.eval is None:
+        raise ConfigError(Problem("the run has no held-out samples", key="data.eval"))
     with ExitStack() as held, Runtime(config) as runtime:
         with runtime.agreement():
             inputs = open_inputs(config)
@@ -116,7 +121,7 @@ def rollout(config: RunConfig, console: Console, guardrail: Guardrail | None = N
             recipe = rollout_recipe(config, encoded, generator.weights_digest())
         work = _Work(config, inputs, recipe, directory, runtime, console)
         with runtime.agreement():
-            own = work.list_own()
+            own = work.list_own(only_held_out=only_held_out)
         listed = sorted((item for rank in runtime.gather(own) for item in rank), key=lambda item: item.place)
         with runtime.agreement():
             missing = work.missing(listed)
@@ -150,10 +155,11 @@ class _Work:
     runtime: Runtime
     console: Console
 
-    def list_own(self) -> list[Futures]:
-        """Lists the futures of this rank's share of the samples."""
-        places = read_places(self.config, self.inputs)[self.runtime.rank :: self.runtime.world_size]
-        with closing(self._list(places, pictures=False)) as listed:
+    def list_own(self, *, only_held_out: bool) -> list[Futures]:
+        """Lists the futures of this rank's share of the samples, or of the held-out ones among them."""
+        places = [place for place in read_places(self.config, self.inputs) if place[0] or not only_held_out]
+        own = places[self.runtime.rank :: self.runtime.world_size]
+        with closing(self._list(own, pictures=False)) as listed:
             return list(listed)
 
     def missing(self, listed: Sequence[Futures]) -> list[Futures]:

@@ -196,6 +196,14 @@ def test_what_is_there_is_not_generated_again(make: Make):
     assert "0 futures under 0 prompts" in said
 
 
+def test_of_held_out_samples_alone(make: Make):
+    config, said = make(), io.StringIO()
+    made = rollout(config, Console(file=said, width=1000), only_held_out=True)
+    assert made is not None
+    assert 0 < made.new <= 4
+    assert generate(config)[0].new > 0, "those of training are still missing"
+
+
 def test_the_text_encoder_reads_each_prompt_once(make: Make, monkeypatch: pytest.MonkeyPatch):
     read: list[str] = []
     embed = WorldGenerator._embed

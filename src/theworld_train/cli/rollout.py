@@ -18,6 +18,9 @@ def rollout(
     arguments: Annotated[
         list[str], typer.Argument(metavar="CONFIG [KEY=VALUE ...]", help="A run config, and dotted keys to override.")
     ],
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Generate for data.eval alone, to measure with what is generated.")
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Say what one sample takes, and generate nothing.")] = False,
     gpu: Annotated[str, typer.Option("--gpu", help="With --plan: kinds of GPU, such as l4; several with commas.")] = "",
 ) -> None:
@@ -40,6 +43,8 @@ def rollout(
         offline()
         if gpu and not plan:
             raise ConfigError(Problem("goes with --plan", key="--gpu", value=gpu))
+        if held_out and plan:
+            raise ConfigError(Problem("does not go with --plan, which plans a single sample", key="--held-out"))
         if plan:
             from theworld_train.accounting.gpus import gpu_spec
 
@@ -50,7 +55,7 @@ def rollout(
         from theworld_train.cli.tables import output
         from theworld_train.rollout import rollout as run
 
-        if (made := run(config, output())) is not None:
+        if (made := run(config, output(), only_held_out=held_out)) is not None:
             output().print(str(made), highlight=False, markup=False, soft_wrap=True)
 
 

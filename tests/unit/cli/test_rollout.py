@@ -44,6 +44,8 @@ def test_plans(call: Call, config: str):
     ("arguments", "said"),
     [
         (["--gpu", "l4"], "--gpu: goes with --plan"),
+        (["--plan", "--held-out"], "--held-out: does not go with --plan"),
+        (["--held-out"], "data.eval: the run has no held-out samples"),
         (["--plan", "--gpu", "l5"], "no GPU of this name is known (got 'l5')"),
         (["data.world.frames=image", "data.world.steps=null"], "data.world.frames: nothing to generate"),
         (["data.world.frames=image", "data.world.steps=null", "--plan"], "data.world.frames: nothing to generate"),
