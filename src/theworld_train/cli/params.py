@@ -96,8 +96,8 @@ def wrong_names(config: RunConfig, path: str) -> list[Problem]:
     """
     from theworld_train.hub import required_repositories
 
-    named = [use.name_problem() for use in required_repositories(config, path) if use.kind == "model" and not use.generates]
-    return [problem for problem in named if problem is not None]
+    uses = [use for use in required_repositories(config, path) if use.kind == "model" and not use.generates]
+    return [problem for use in uses if (problem := use.name_problem()) is not None]
 
 
 def _trains(row: LedgerRow | None) -> str:
