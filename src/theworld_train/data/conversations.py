@@ -58,7 +58,7 @@ class Conversations:
     def outline(self, index: int) -> Sample:
         """Returns one row with blanks for its media; see `Source`."""
         row = next(self._rows.outlines(range(index, index + 1)))
-        return self._sample(index, row, lambda conversation, _: self._media.outline(conversation))
+        return self._sample(index, row, self._media.outline)
 
     def check(self) -> Iterator[Finding]:
         """Checks the structure of every row, that its media exist, and that its id is its own; see `Source`."""

@@ -140,8 +140,12 @@ class Media:
 
         return build_messages(conversation, image, video, self._present)
 
-    def outline(self, conversation: Conversation) -> list[dict[str, Any]]:
+    def outline(self, conversation: Conversation, adapted: Adapted) -> list[dict[str, Any]]:
         """Renders a row with blanks for its media; of clips, only video files are opened, to count their frames.
+
+        Args:
+            conversation: The parsed row.
+            adapted: What it was parsed from, which names its fields.
 
         Raises:
             MediaError: If a video file is damaged or has gone missing, or a clip is too short.
@@ -157,7 +161,7 @@ class Media:
             entry = _entry(part, conversation)
             data = embedded(entry)
             if data is not None:
-                return Blank(video_length(_read(data), part.key, most, timing))
+                return Blank(video_length(_read(data), adapted.own_key(part.key), most, timing))
             return Blank(clip_length(self._locate_clip(entry), most, timing))
 
         return build_messages(conversation, lambda _: Blank(), video, self._present)

@@ -110,7 +110,7 @@ def test_frames_by_time_end_in_the_last_and_lie_within_the_clip() -> None:
 def test_a_container_with_wrong_or_more_packets_than_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 9)
     for wrong in (0, 5, 30):
-        monkeypatch.setattr("theworld_train.data.video._count_packets", lambda _path, wrong=wrong: wrong)
+        monkeypatch.setattr("theworld_train.data.video._count_packets", lambda _file, _name, wrong=wrong: wrong)
         assert numbers(read_clip(path, 5)) == [0, 2, 4, 6, 8]
 
 
