@@ -76,7 +76,10 @@ def test_what_is_kept_is_less_the_more_is_computed_again(monkeypatch: pytest.Mon
     }
     kept = {}
     for name, training in cases.items():
-        run = dry_run(run_config(PROJECTION, length=512, **training), architecture=architecture())
+        config = run_config(PROJECTION, length=512, **training)
+        # Among so few layers, one that computes less would move the peak away from what the others keep.
+        whole = config.model.model_copy(update={"last_layers": "whole"})
+        run = dry_run(config.model_copy(update={"model": whole}), architecture=architecture())
         kept[name] = run.timeline().peak(1).by_category()["activations"]
     assert kept["nothing"] < 0.9 * kept["borders"] < kept["borders"] < 0.9 * kept["products"]
     assert kept["products"] < 0.9 * kept["all"]
