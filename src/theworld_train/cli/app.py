@@ -44,6 +44,7 @@ COMMANDS: dict[str, CommandEntry] = {
     "run": CommandEntry("theworld_train.cli.run:run", "Run the stages of a pipeline one after the other."),
     "sweep": CommandEntry("theworld_train.cli.sweep:sweep", "Search over keys of a stage or pipeline, many trials."),
     "evaluate": CommandEntry("theworld_train.cli.evaluate:evaluate", "Measure a checkpoint, with ablations."),
+    "report": CommandEntry("theworld_train.cli.report:report", "Report on a run, a pipeline or a sweep, as one page."),
     "generate": CommandEntry("theworld_train.cli.generate:generate", "Answer a question about an image or a clip."),
     "checkpoint": CommandEntry("theworld_train.cli.checkpoint:checkpoint", "List, verify, show or prune checkpoints."),
     "export": CommandEntry("theworld_train.cli.export:export", "Write a checkpoint as a Hugging Face directory."),
