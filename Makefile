@@ -8,6 +8,10 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 # An extra package index for torch, such as https://download.pytorch.org/whl/cpu for a machine without a GPU.
 TORCH_INDEX ?=
+# What `make screenshots` takes its pictures of.
+RUN ?= runs/quickstart/full
+PIPELINE ?= runs/quickstart
+SWEEP ?= runs/sweeps/quickstart
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -19,10 +23,10 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train test test-full bench lint format docs clean
+.PHONY: help install train test test-full bench lint format docs screenshots clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Create .venv with the tested versions and this package in editable mode
 
@@ -53,6 +57,9 @@ format: install ## Mend style and format in place
 
 docs: install ## Write docs/reference from the commands and config models
 	$(BIN)/python docs/reference/generate.py
+
+screenshots: install ## Take the pictures of docs/reports.md; needs Chromium and what the variables above name
+	$(BIN)/python docs/screenshots.py --run $(RUN) --pipeline $(PIPELINE) --sweep $(SWEEP)
 
 clean: ## Remove caches and build output; .venv and runs stay
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
