@@ -219,10 +219,10 @@ class TheWorldForConditionalGeneration(Gemma3ForConditionalGeneration):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (tokens or an output object, as asked for)
-        """Generates as the parent does; the three world tokens exist on the input side alone and are never emitted."""
-        if self.config.enable_world:
-            suppress = SuppressTokensLogitsProcessor(list(self.config.world_token_ids), device=str(self.device))
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), suppress])
+        """Generates as the parent does, but never what stands for an image or a world block, which is input alone."""
+        absent = [self.config.image_token_id, *(self.config.world_token_ids if self.config.enable_world else ())]
+        suppress = SuppressTokensLogitsProcessor(absent, device=str(self.device))
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), suppress])
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]

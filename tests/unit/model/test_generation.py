@@ -29,7 +29,7 @@ CONVERSATIONS: list[list[Message]] = [
 @pytest.fixture(scope="module")
 def model(tiny: TinyCheckpoint) -> TheWorld:
     model = tiny.theworld()
-    torch.nn.init.normal_(model.world_projector.temporal)
+    torch.nn.init.normal_(model.world_projector.temporal, generator=torch.Generator().manual_seed(0))
     model.generation_config.eos_token_id = None  # every answer has full length, so that they can be compared
     return model
 
@@ -124,8 +124,8 @@ def test_visual_inputs_are_encoded_once_with_a_cache(
 @pytest.mark.parametrize(
     "settings", [{"do_sample": False}, {"do_sample": True}, {"do_sample": False, "num_beams": 3}], ids=str
 )
-def test_world_tokens_are_never_generated(model: TheWorld, processor: TheWorldProcessor, settings: dict[str, Any]):
-    inputs, world = prompts(processor, 0, 1), model.config.world_token_ids
+def test_placeholders_are_never_generated(model: TheWorld, processor: TheWorldProcessor, settings: dict[str, Any]):
+    inputs, world = prompts(processor, 0, 1), (*model.config.world_token_ids, model.config.image_token_id)
     favoured = LogitsProcessorList([Favour(world)])
     output = model.generate(**inputs, max_new_tokens=4, **settings, logits_processor=favoured)
     assert not torch.isin(output[:, inputs["input_ids"].shape[1] :], torch.tensor(world)).any()
@@ -151,11 +151,11 @@ def test_world_tokens_are_not_generated_when_the_weights_prefer_them(
     assert not set(answers(output, inputs)[0].tolist()) & set(world)
 
 
-def test_without_world_path_nothing_is_suppressed(tiny: TinyCheckpoint):
+def test_without_world_path_images_alone_are_suppressed(tiny: TinyCheckpoint):
     model, processor = tiny.theworld(enable_world=False), tiny.processor(enable_world=False)
-    token = model.config.world_token_id
+    token, image = model.config.world_token_id, model.config.image_token_id
     inputs = prompts(processor, 1)
-    output = model.generate(**inputs, max_new_tokens=2, do_sample=False, logits_processor=[Favour((token,))])
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False, logits_processor=[Favour((token, image))])
     assert output[0, -2:].tolist() == [token] * 2
 
 
