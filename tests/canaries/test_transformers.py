@@ -49,7 +49,8 @@ def test_our_forward_has_every_argument_of_gemmas():
     """`generate` reads the signature to decide what to pass."""
     ours, theirs = (parameters_of(kind.forward) for kind in (TheWorld, Gemma3ForConditionalGeneration))
     assert theirs.keys() <= ours.keys()
-    assert ours.keys() - theirs.keys() == {"world_frames", "world_frame_counts"}
+    added = {"world_frames", "world_frame_counts", "world_offsets", "world_latents"}
+    assert ours.keys() - theirs.keys() == added
 
 
 def test_the_parts_of_gemma_hang_where_we_look_for_them(tiny: TinyCheckpoint):

@@ -58,7 +58,7 @@ def step_row(step: int, shift: float = 0.0) -> dict[str, Any]:
         "train/weight_norm/world_projector": 3.0 + step / 20,
         "train/supervised_tokens": 64,
         "train/tokens": 1500,
-        "train/tokens_per_s": 1500 / 0.3,
+        "time/tokens_per_s": 1500 / 0.3,
         "train/padding_share": 0.25,
         "train/trimmed": int(step == 4),
         "train/skipped": 0.0,

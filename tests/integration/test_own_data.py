@@ -98,7 +98,7 @@ def test_from_a_clone_to_a_stage_of_own_data(place: Path, monkeypatch: pytest.Mo
     assert (project / "samples.html").is_file()
     metrics = [json.loads(line) for line in (project / "runs/trial/metrics.jsonl").read_text().splitlines()]
     assert max(line.get("step", 0) for line in metrics) == 10
-    assert json.loads((project / "runs/trial/result.json").read_text())["eval"]["samples"]
+    assert json.loads((project / "runs/trial/result.json").read_text())["eval"]["total"]["samples"]
     walk(monkeypatch, "With the real model")
     assert "google/gemma-3-4b-it" in (place / "my-model/configs/base/project.yaml").read_text()
 

@@ -166,11 +166,12 @@ def _gemma(config: Mapping[str, Any], source: str) -> Decoder:
 def _gemma3_text(config: Mapping[str, Any], source: str, prefix: str = "") -> Decoder:
     decoder = _rotary(config, source, "gemma3_text", "gemma3", prefix)
     kinds, every = config.get("layer_types"), config.get("sliding_window_pattern", 6)
+    last: int | None
     if isinstance(kinds, list):
         full = kinds.count("full_attention")
         last = kinds[::-1].index("full_attention") if full else len(kinds)
     elif isinstance(every, int) and every > 0:
-        full, last = divmod(decoder.num_hidden_layers, every)
+        full, last = decoder.num_hidden_layers // every, None  # every n-th
     else:
         key = f"{prefix}sliding_window_pattern"
         raise ConfigError(Problem("must be a positive whole number", source, key, every))

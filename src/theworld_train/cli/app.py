@@ -115,7 +115,7 @@ class LazyGroup(TyperGroup):
             raise
         finally:
             if before == str(os.getpid()):
-                del os.environ[_INSIDE]
+                os.environ.pop(_INSIDE, None)  # a command may have put the environment back
 
 
 def load_command(name: str) -> AnyCommand:

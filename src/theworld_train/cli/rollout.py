@@ -31,8 +31,7 @@ def rollout(
     under `torchrun -m theworld_train rollout ...` or `accelerate launch`.
 
     Example:
-        theworld-train rollout configs/stages/projection.yaml data.world.frames=rollout data.world.steps=1
-        data.encoded=runs/encoded --plan --gpu h100-80gb
+        theworld-train rollout configs/quickstart/where-next.yaml data.world.frames=rollout data.encoded=runs/encoded
     """
     from theworld_train.cli.ranks import offline, quiet_other_ranks
     from theworld_train.config.errors import ConfigError, Problem

@@ -43,7 +43,7 @@ _SHOWN_KEYS = frozenset(
         "train/grad_norm",
         "train/supervised_tokens",
         "train/tokens",
-        "train/tokens_per_s",
+        "time/tokens_per_s",
         "train/padding_share",
         "train/trimmed",
         "train/skipped",

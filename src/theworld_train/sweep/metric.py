@@ -19,7 +19,7 @@ STEP_METRICS = (
     "train/grad_norm",
     "train/supervised_tokens",
     "train/tokens",
-    "train/tokens_per_s",
+    "time/tokens_per_s",
     "train/padding_share",
     "train/trimmed",
     "train/skipped",

@@ -405,7 +405,7 @@ class Trainer:
             "train/padding_share": result.padding,
             "train/trimmed": result.trimmed,
             "train/skipped": float(result.skipped),
-            "train/tokens_per_s": result.tokens / max(seconds, 1e-9),
+            "time/tokens_per_s": result.tokens / max(seconds, 1e-9),
             "time/step_s": seconds,
             "time/data_wait_s": waited,
         } | {f"lr/{name}": rate for name, rate in result.rates.items()}
@@ -426,7 +426,7 @@ class Trainer:
         if done % self._config.tracking.log_every_steps == 0:
             self._track(values, done)
         if self._progress is not None:
-            speed = values["train/tokens_per_s"]
+            speed = values["time/tokens_per_s"]
             self._progress.update(done, loss=result.loss, rate=max(result.rates.values()), tokens_per_s=speed)
         self._guard.count(skipped=result.skipped, step=done, sample_ids=suspects)
 

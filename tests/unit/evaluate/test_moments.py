@@ -60,7 +60,9 @@ def trained(tiny: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def loss(directory: Path, ablation: str = "as_trained", *overrides: str) -> float:
     """Held-out loss under one ablation, exactly."""
-    return run_ablations(directory, [ablation], overrides)[ablation].loss  # type: ignore[list-item, index]
+    value = run_ablations(directory, [ablation], overrides).results[ablation].total.loss.value  # type: ignore[list-item, index]
+    assert value is not None
+    return value
 
 
 @pytest.mark.parametrize(

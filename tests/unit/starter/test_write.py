@@ -78,7 +78,7 @@ def test_examples_are_conversations_whose_media_are_there(project: Project):
     assert data.eval is not None
     for part in (data.train, data.eval):
         source = open_source(part)
-        assert source.check() == []
+        assert list(source.check()) == []
         assert len(source) == 32
         kinds = {json.loads(line)["kind"] for line in Path(part.path).read_text().splitlines()}
         assert kinds == {"direction", "colour"}
