@@ -101,6 +101,16 @@ def test_kernels_are_not_compiled_without_a_compiler(weightless: list[str], monk
     assert "needs a C++ compiler" in error
 
 
+def test_ligers_kernels_are_not_taken_where_they_cannot_run(
+    weightless: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld_train.model.liger.find_spec", lambda name: None)
+    error = error_of([*weightless, "model.kernels=liger", "training.loss=liger"])
+    for key in ("model.kernels", "training.loss"):
+        assert f"{key}: needs the package 'liger-kernel', which is not installed (got 'liger')" in error
+    assert "pip install 'theworld-train[liger]'" in error
+
+
 def test_missing_base_is_named(weightless: list[str]) -> None:
     error = error_of([*weightless, "model.base=runs/nowhere/gemma"])
     assert "model.base" in error

@@ -19,8 +19,9 @@ from theworld_train.model.attention import BANDED, FLEX
 from theworld_train.model.build import build_on_meta, describe_architecture
 from theworld_train.model.configuration import TheWorldConfig
 from theworld_train.model.digest import base_digests
-from theworld_train.model.kernels import find_compiler, make_lean
+from theworld_train.model.kernels import COMPILED, LEAN, find_compiler, make_lean
 from theworld_train.model.last_layers import make_trimmed
+from theworld_train.model.liger import LIGER, find_obstacle, fuse_head
 from theworld_train.train.checkpoint import (
     Base,
 )
@@ -135,7 +136,7 @@ def attention_of(config: RunConfig) -> dict[str, str]:
 
 def trims_last_layers(config: RunConfig) -> bool:
     """Whether the last layers of a run compute the positions alone that its loss depends on."""
-    blocks = attention_of(config)["text_config"] in (BANDED, FLEX) and config.training.loss == "chunked"
+    blocks = attention_of(config)["text_config"] in (BANDED, FLEX) and config.training.loss != "reference_4_56"
     return blocks if config.model.last_layers == "auto" else config.model.last_layers == "needed"
 
 
@@ -153,6 +154,11 @@ def _check_means(config: RunConfig, *, trains: bool) -> None:
     if config.model.kernels == "compiled" and not find_compiler():
         message = "needs a C++ compiler, and there is none"
         problems.append(Problem(message, key="model.kernels", value="compiled", hint="install g++, or use lean"))
+    chosen = {"model.kernels": config.model.kernels, "training.loss": config.training.loss}
+    liger = [key for key, value in chosen.items() if value == "liger"]
+    if trains and liger and (obstacle := find_obstacle()):
+        hint = "pip install 'theworld-train[liger]' on a machine with a GPU, or use lean kernels and the chunked loss"
+        problems += [Problem(obstacle, key=key, value="liger", hint=hint) for key in liger]
     if problems:
         raise ConfigError(problems)
 
@@ -171,7 +177,10 @@ def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> S
     if trims := trims_last_layers(config):
         make_trimmed(model.model.language_model)
     if config.model.kernels != "plain":
-        make_lean(model.model.language_model, compiled=config.model.kernels == "compiled")
+        forms = {"lean": LEAN, "compiled": COMPILED, "liger": LIGER}[config.model.kernels]
+        make_lean(model.model.language_model, forms)
+    if fused := config.training.loss == "liger":
+        fuse_head(model.lm_head)
     return StageModule(
         model,
         trainable_components(config),
@@ -181,6 +190,7 @@ def build_stage(model: TheWorldForConditionalGeneration, config: RunConfig) -> S
         activation_offload=config.training.activation_offload,
         reference=config.training.loss == "reference_4_56",
         trims=trims,
+        fused=fused,
     )
 
 

@@ -82,9 +82,10 @@ class ModelSection(Section):
     """How the language model attends: `flex` (FlexAttention, on CUDA alone), `banded` (block by block of queries, over
     the keys that they can see), `sdpa` and `eager` (with masks over all pairs). `auto` is `banded`. All
     compute the same; backends that drop Gemma 3's image mask are not offered."""
-    kernels: Literal["lean", "compiled", "plain"] = "lean"
+    kernels: Literal["lean", "compiled", "liger", "plain"] = "lean"
     """`lean`: norms and gated activations that keep less for the backward pass; `compiled`: the same, each fused by
-    torch.compile when it is first used, which needs a C compiler and half a minute; `plain`: those of transformers."""
+    torch.compile when it is first used, which needs a C compiler and half a minute; `liger`: the same, each a kernel of
+    the package liger-kernel, on CUDA alone; `plain`: those of transformers."""
     last_layers: Literal["auto", "needed", "whole"] = "auto"
     """What the last layer without a window and the layers behind it compute: the positions that the loss depends on
     (`needed`), or all (`whole`). Loss and gradients are the same. `needed` takes attention in blocks and the chunked
@@ -258,8 +259,9 @@ class TrainingSection(Section):
     """What is computed again in the backward pass instead of being kept: a word for all towers, or one for each."""
     activation_offload: bool = False
     """Keep what checkpointed layers start from in host memory until the backward pass needs it."""
-    loss: Literal["chunked", "reference_4_56"] = "chunked"
-    """`chunked`: logits at supervised positions alone, in chunks; `reference_4_56`: as Gemma 3 in transformers 4.56,
+    loss: Literal["chunked", "liger", "reference_4_56"] = "chunked"
+    """`chunked`: logits at supervised positions alone, in chunks; `liger`: the same, with the head and the loss fused
+    by the package liger-kernel while training, on CUDA alone; `reference_4_56`: as Gemma 3 in transformers 4.56,
     fp32 logits of all positions and a shifted copy of them, for comparison with other trainers."""
     loss_chunk_size: PositiveInt = 1024
     """Supervised positions whose logits are held at once."""
@@ -516,8 +518,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_kernels(self) -> RunConfig:
-        if self.deterministic and self.model.kernels == "compiled":
+        if self.deterministic and self.model.kernels in ("compiled", "liger"):
             raise ValueError("deterministic: true needs model.kernels: lean or plain; what a compiler makes may differ")
+        if self.training.loss == "liger":
+            if self.deterministic:
+                raise ValueError("deterministic: true needs training.loss: chunked; what a compiler makes may differ")
+            if self.runtime.strategy in ("fsdp2", "zero3"):
+                raise ValueError(
+                    "training.loss: liger needs the head's weight whole on every rank, and runtime.strategy: "
+                    f"{self.runtime.strategy} divides it; use ddp, zero1 or zero2, or training.loss: chunked"
+                )
         return self
 
     @model_validator(mode="after")
@@ -528,7 +538,7 @@ class RunConfig(Section):
                     f"model.last_layers: needed takes model.attention: auto, banded or flex; got {self.model.attention}"
                 )
             if self.training.loss == "reference_4_56":
-                raise ValueError("model.last_layers: needed takes training.loss: chunked; got reference_4_56")
+                raise ValueError("model.last_layers: needed takes training.loss: chunked or liger; got reference_4_56")
         return self
 
     @model_validator(mode="after")
@@ -569,6 +579,8 @@ def able_strategies(config: RunConfig, offload: Offload) -> tuple[Strategy, ...]
         able = tuple(name for name in able if name == "ddp")
     if "selective" in config.training.gradient_checkpointing.by_component.values():
         able = tuple(name for name in able if name != "zero3")
+    if config.training.loss == "liger":
+        able = tuple(name for name in able if name not in ("fsdp2", "zero3"))
     return able
 
 

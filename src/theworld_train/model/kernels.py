@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -136,27 +136,40 @@ class CompiledMLP(LeanMLP):
     make: Make = staticmethod(_compiled)
 
 
+class Forms(NamedTuple):
+    """Classes that a norm and a gated MLP can have instead of their own; same parameters, same values."""
+
+    norm: type[Gemma3RMSNorm]
+    mlp: type[Gemma3MLP]
+
+
+#: Operations one by one.
+LEAN = Forms(LeanRMSNorm, LeanMLP)
+#: Compiled when they are first used; that needs a C++ compiler.
+COMPILED = Forms(CompiledRMSNorm, CompiledMLP)
+
+
 def find_compiler() -> str | None:
     """Returns the C++ compiler that kernels are built with, or None if there is none."""
     names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def make_lean(module: nn.Module, *, compiled: bool = False) -> None:
+def make_lean(module: nn.Module, forms: Forms = LEAN) -> None:
     """Gives the norms and gated MLPs inside of a module their lean forms, in place; parameters stay what they are.
 
     Args:
         module: The module.
-        compiled: Whether their arithmetic is compiled, when it is first used; that needs a C compiler.
+        forms: The forms.
 
     Raises:
         ValueError: If a gated MLP has another activation than Gemma 3's.
     """
     for part in module.modules():
         if type(part) is Gemma3RMSNorm:
-            part.__class__ = CompiledRMSNorm if compiled else LeanRMSNorm
+            part.__class__ = forms.norm
         elif type(part) is Gemma3MLP:
             activation = part.config.hidden_activation
             if activation != "gelu_pytorch_tanh":
                 raise ValueError(f"the gated MLP's activation is {activation}, expected gelu_pytorch_tanh")
-            part.__class__ = CompiledMLP if compiled else LeanMLP
+            part.__class__ = forms.mlp

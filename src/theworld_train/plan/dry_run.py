@@ -379,9 +379,10 @@ def dry_run(
 
 
 def _traceable(config: RunConfig, size: int, batches: int) -> RunConfig:
-    """Returns the config of steps of so many micro-batches, nothing compiled: what a compiler fuses is not followed."""
-    training = {"global_batch_size": size * batches, "micro_batch_size": size}
-    kernels = "lean" if config.model.kernels == "compiled" else config.model.kernels
+    """Returns the config of steps of so many micro-batches, nothing fused: what kernels take inside is not followed."""
+    loss = "chunked" if config.training.loss == "liger" else config.training.loss
+    training = {"global_batch_size": size * batches, "micro_batch_size": size, "loss": loss}
+    kernels = "plain" if config.model.kernels == "plain" else "lean"
     return config.model_copy(
         update={
             "training": config.training.model_copy(update=training),

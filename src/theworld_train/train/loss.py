@@ -53,6 +53,7 @@ def supervised_loss(
     never_generated: Sequence[int] = (),
     want_predictions: bool = False,
     frozen_head: bool = False,
+    fused: bool = False,
 ) -> LossOutput:
     """Computes the loss of next-token prediction from hidden states.
 
@@ -70,6 +71,8 @@ def supervised_loss(
         want_predictions: Whether to return predictions, and the loss of each token.
         frozen_head: Whether the head has no gradient and is not gathered by an engine, whose hooks belong to backward
             passes.
+        fused: Whether the head is a `LigerHead`, which then computes the loss of what needs a gradient and no
+            predictions.
 
     Returns:
         The summed loss and, if asked for, predictions and losses in row-major order of the supervised positions.
@@ -78,6 +81,9 @@ def supervised_loss(
     supervised = targets != IGNORE_INDEX
     states, targets = hidden[supervised], targets[supervised]
     assert len(targets) <= chunks * chunk_size, f"{len(targets)} supervised positions do not fit {chunks} chunks"
+    if fused and not want_predictions and torch.is_grad_enabled():
+        states, targets = (states, targets) if len(targets) else _nothing(hidden, labels)
+        return LossOutput(head(states, targets, chunk_size), None)
     if frozen_head and not want_predictions and torch.is_grad_enabled() and hidden.requires_grad:
         total: Tensor = _FrozenHeadLoss.apply(states, targets, head, min(chunk_size, FROZEN_CHUNK))  # type: ignore[no-untyped-call]
         return LossOutput(total, None)
@@ -97,8 +103,7 @@ def supervised_loss(
         part = states[index * chunk_size : (index + 1) * chunk_size]
         target = targets[index * chunk_size : (index + 1) * chunk_size]
         if not len(part):
-            # Keeps the graph, and the number of calls, equal on every rank; adds a loss of zero.
-            part, target = hidden[:1, 0] * 0.0, labels.new_full((1,), IGNORE_INDEX)
+            part, target = _nothing(hidden, labels)
         if chunks > 1 and torch.is_grad_enabled():
             loss, predicted = checkpoint(compute, part, target, use_reentrant=False)
         else:
@@ -110,6 +115,11 @@ def supervised_loss(
     token_losses = torch.cat(losses)  # those of empty chunks are zero, and at the end
     number = len(targets)
     return LossOutput(token_losses.sum(), torch.cat(predictions)[:number], token_losses=token_losses[:number])
+
+
+def _nothing(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a state and a target of a loss of zero; they keep the graph, and the calls, equal on every rank."""
+    return hidden[:1, 0] * 0.0, labels.new_full((1,), IGNORE_INDEX)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -66,6 +66,7 @@ class StageModule(nn.Module):
         activation_offload: bool = False,
         reference: bool = False,
         trims: bool = False,
+        fused: bool = False,
     ) -> None:
         """Builds the stage around a model that `apply_trainable` has prepared.
 
@@ -79,6 +80,7 @@ class StageModule(nn.Module):
             reference: Whether training computes its loss as transformers 4.56 does.
             trims: Whether the last layers compute the positions alone that the loss depends on; the model's layers
                 and attention can.
+            fused: Whether training takes the loss from the head, which is a `LigerHead`.
         """
         super().__init__()
         modules = component_modules(model)
@@ -89,7 +91,7 @@ class StageModule(nn.Module):
         self.chunk_size = chunk_size
         #: Whether every call runs every component inside, as engines need it that gather weights; they set it.
         self.lockstep = False
-        self._reference, self._trims = reference, trims
+        self._reference, self._trims, self._fused = reference, trims, fused
         self._autocasts = precision == "bf16"
         self._dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self._model = (model,)  # a tuple hides the whole model from the module's own children
@@ -201,6 +203,7 @@ class StageModule(nn.Module):
                 never_generated=model.config.world_token_ids if model.config.enable_world else (),
                 want_predictions=want_predictions,
                 frozen_head=not self.lockstep and not model.lm_head.weight.requires_grad,
+                fused=self._fused,
             )
 
     @torch.no_grad()

@@ -62,6 +62,8 @@ def test_on_gpus_the_plan_decides_among_those_that_can_run_it(asked: list[Any], 
     assert resolved(auto(runtime={"offload": "all"}), 8) == "zero3"
     training = run_config().training.model_dump(mode="json") | {"gradient_checkpointing": "selective"}
     assert resolved(auto(training=training), 8) == "fsdp2"
+    training = run_config().training.model_dump(mode="json") | {"loss": "liger"}
+    assert resolved(auto(training=training), 8) == "zero2"
     monkeypatch.setattr(util, "find_spec", lambda _name: None)
     assert resolved(auto(), 8) == "fsdp2", "ZeRO needs DeepSpeed"
     assert asked == [
@@ -69,6 +71,7 @@ def test_on_gpus_the_plan_decides_among_those_that_can_run_it(asked: list[Any], 
         (("ddp",), 8, 24 * GIB),
         (("fsdp2", "zero3"), 8, 24 * GIB),
         (("ddp", "zero1", "zero2", "fsdp2"), 8, 24 * GIB),
+        (("ddp", "zero1", "zero2"), 8, 24 * GIB),
         (("ddp", "fsdp2"), 8, 24 * GIB),
     ]
     with pytest.raises(ConfigError, match="no strategy that is installed"):

@@ -206,6 +206,19 @@ KEYS_OF_JSONL = "source, path, media_root, max_video_frames, present, window_s, 
             None,
         ),
         (
+            "deterministic: true\ntraining: {loss: liger}",
+            None,
+            "deterministic: true needs training.loss: chunked; what a compiler makes may differ",
+            None,
+        ),
+        (
+            "training: {loss: liger}\nruntime: {strategy: zero3}",
+            None,
+            "training.loss: liger needs the head's weight whole on every rank, and runtime.strategy: zero3 divides it; "
+            "use ddp, zero1 or zero2, or training.loss: chunked",
+            None,
+        ),
+        (
             "model: {attention: sdpa, last_layers: needed}",
             None,
             "model.last_layers: needed takes model.attention: auto, banded or flex; got sdpa",
@@ -214,7 +227,7 @@ KEYS_OF_JSONL = "source, path, media_root, max_video_frames, present, window_s, 
         (
             "model: {last_layers: needed}\ntraining: {loss: reference_4_56}",
             None,
-            "model.last_layers: needed takes training.loss: chunked; got reference_4_56",
+            "model.last_layers: needed takes training.loss: chunked or liger; got reference_4_56",
             None,
         ),
         (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm, Gemma3TextConfig
 
-from theworld_train.model.kernels import _as_written, _GatedGelu, find_compiler, make_lean
+from theworld_train.model.kernels import COMPILED, _as_written, _GatedGelu, find_compiler, make_lean
 
 
 def norm(size: int = 32) -> Gemma3RMSNorm:
@@ -85,7 +85,7 @@ def test_compiled_forms_compute_what_the_lean_ones_do(make, dtype: torch.dtype):
     lean, compiled = make().to(dtype), nn.ModuleList([make().to(dtype)])
     lean_list = nn.ModuleList([lean])
     make_lean(lean_list)
-    make_lean(compiled, compiled=True)
+    make_lean(compiled, COMPILED)
     for length in (5, 7, 64):  # compiled once for all of them
         inputs = torch.randn(3, length, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
         output, gradients, kept = run(lean_list[0], inputs)

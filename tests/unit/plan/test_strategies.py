@@ -40,6 +40,13 @@ def test_a_single_process_is_the_trace_itself(single: DryRun):
     assert rank_timeline(single, STRATEGIES["ddp"], 1).peak(1) == single.timeline().peak(1)
 
 
+def test_kernels_of_liger_are_planned_as_those_that_they_stand_for(single: DryRun):
+    config = run_config(loss="liger")
+    config = config.model_copy(update={"model": config.model.model_copy(update={"kernels": "liger"})})
+    run = dry_run(config, architecture=architecture())
+    assert run.timeline().peak(1) == single.timeline().peak(1)
+
+
 def test_ddp_keeps_buckets_of_every_gradient(single: DryRun):
     assert held(single, "ddp", 4, "gradients") == 4 * trained(single)
     assert held(single, "ddp", 4, "optimizer") == pytest.approx(8 * trained(single), rel=0.01)

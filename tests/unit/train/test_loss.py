@@ -125,6 +125,52 @@ def test_a_frozen_head_without_a_supervised_token_gives_zero(hidden: Tensor, lab
     assert not torch.autograd.grad(output.loss_sum, hidden)[0].any()
 
 
+class FusedHead(CountingHead):
+    """A head that computes its loss itself where it is given targets."""
+
+    def forward(self, states: Tensor, targets: Tensor | None = None, chunk_size: int = 1) -> Tensor:
+        logits = super().forward(states)
+        if targets is None:
+            return logits
+        self.chunk_size = chunk_size
+        return functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+
+@pytest.fixture
+def fused_head() -> FusedHead:
+    torch.manual_seed(0)
+    return FusedHead()
+
+
+def test_a_fused_head_gets_the_supervised_positions_at_once(hidden: Tensor, labels: Tensor, fused_head: FusedHead):
+    output = supervised_loss(hidden, labels, fused_head, chunk_size=4, chunks=3, fused=True)
+    torch.testing.assert_close(output.loss_sum, plain(hidden, labels, fused_head), rtol=1e-6, atol=0)
+    assert fused_head.calls == [9]
+    assert fused_head.chunk_size == 4
+
+
+def test_a_fused_head_without_a_supervised_token_gives_zero(hidden: Tensor, labels: Tensor, fused_head: FusedHead):
+    nothing = torch.full_like(labels, -100)
+    output = supervised_loss(hidden, nothing, fused_head, chunk_size=4, chunks=1, fused=True)
+    assert output.loss_sum.item() == 0.0
+    gradients = torch.autograd.grad(output.loss_sum, [hidden, fused_head.weight])
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_a_fused_head_gives_logits_where_predictions_or_no_gradients_are_asked_for(
+    hidden: Tensor, labels: Tensor, fused_head: FusedHead
+):
+    expected = plain(hidden, labels, fused_head)
+    output = supervised_loss(hidden, labels, fused_head, chunk_size=4, chunks=3, want_predictions=True, fused=True)
+    assert output.predictions is not None
+    assert fused_head.calls == [4, 4, 1]
+    with torch.no_grad():
+        other = supervised_loss(hidden, labels, fused_head, chunk_size=4, chunks=3, fused=True)
+    assert fused_head.calls == 2 * [4, 4, 1]
+    for loss in (output.loss_sum, other.loss_sum):
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+
 def test_without_gradients_nothing_is_recomputed(hidden: Tensor, labels: Tensor, head: CountingHead):
     with torch.no_grad():
         supervised_loss(hidden, labels, head, chunk_size=4, chunks=3)
