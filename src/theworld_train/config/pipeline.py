@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from theworld_train.config.gates import AdvanceWhen, StopWhen
-from theworld_train.config.schema import ABLATIONS, Ablation
+from theworld_train.config.schema import Ablation
 from theworld_train.config.section import Name, NonNegativeInt, Path, Section
 
 
@@ -58,8 +58,8 @@ class PipelineStage(Section):
 class PipelineEvaluation(Section):
     """What is measured on the checkpoint of each stage."""
 
-    ablations: tuple[Ablation, ...] = ABLATIONS
-    """Variants of the model that the held-out split is measured with."""
+    ablations: tuple[Ablation, ...] | None = Field(default=None, min_length=1)
+    """Variants of the model that the held-out split is measured with; all that a stage and its data have if null."""
     stages: tuple[Name, ...] | None = None
     """Names of the stages that are measured; all of them if null."""
 

@@ -604,6 +604,8 @@ ABLATIONS: tuple[Ablation, ...] = (
     "world_disabled",
     "image_blanked",
 )
+#: Those of them that a model without a world path can be measured with.
+WORLDLESS_ABLATIONS: tuple[Ablation, ...] = ("as_trained", "image_blanked")
 #: Ablations of its frames, and the `data.world.frames` that each measures; shuffled frames are the run's own.
 FRAME_ABLATIONS: dict[Ablation, FrameChoice | None] = {
     "frames_image": "image",

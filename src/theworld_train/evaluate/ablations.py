@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from theworld_train.accounting.frames import with_frames
 from theworld_train.accounting.intervals import CONFIDENCE
 from theworld_train.assemble.encoded import check_rollouts, open_rollouts
 from theworld_train.assemble.inputs import EvaluationInputs, open_evaluation_inputs, open_processor
@@ -19,9 +20,15 @@ from theworld_train.assemble.model import load_model, move
 from theworld_train.assemble.run import held_out_batches, load_run
 from theworld_train.checkpoint_files import checkpoint_step, origin_of
 from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import FRAME_ABLATIONS, Ablation, GradientCheckpointing, RunConfig
+from theworld_train.config.schema import (
+    FRAME_ABLATIONS,
+    WORLDLESS_ABLATIONS,
+    Ablation,
+    GradientCheckpointing,
+    RunConfig,
+)
 from theworld_train.data import Collator, EvaluationBatch
-from theworld_train.evaluate.moments import shuffled, with_frames
+from theworld_train.evaluate.moments import shuffled
 from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.train.evaluation import DEFAULT_METRIC, EvaluationResult, EvaluationTally, Evaluator, in_step
 from theworld_train.train.runtime import Runtime
@@ -98,7 +105,7 @@ def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Se
     config, path = load_run(checkpoint, overrides)
     if config.data.eval is None:
         raise ConfigError(Problem("the run has no held-out split", source=str(path), key="data.eval"))
-    if not config.model.world.enabled and (unfit := sorted(set(ablations) - {"as_trained", "image_blanked"})):
+    if not config.model.world.enabled and (unfit := sorted(set(ablations) - set(WORLDLESS_ABLATIONS))):
         raise ConfigError(f"{path} has no world path, so there is nothing to take away for {', '.join(unfit)}")
     inputs = _open(config)
     choices = {ablation: FRAME_ABLATIONS.get(ablation) for ablation in ablations}

@@ -9,63 +9,21 @@ from itertools import accumulate
 import numpy as np
 import torch
 
+from theworld_train.accounting.frames import reach, with_frames
 from theworld_train.accounting.tokens import TEMPORAL_COMPRESSION, latent_frames
 from theworld_train.assemble.encoded import check_rollouts
 from theworld_train.assemble.inputs import open_processor
 from theworld_train.batch import Batch
-from theworld_train.config.components import Component
-from theworld_train.config.errors import ConfigError, Problem
-from theworld_train.config.schema import ABLATIONS, FRAME_ABLATIONS, Ablation, RunConfig
-from theworld_train.config.sources import FrameChoice, WorldFrames, frames_of, frames_problem
+from theworld_train.config.errors import ConfigError
+from theworld_train.config.schema import ABLATIONS, FRAME_ABLATIONS, WORLDLESS_ABLATIONS, Ablation, RunConfig
 from theworld_train.train.stage import Features, StageModule
-
-
-def with_frames(config: RunConfig, choice: FrameChoice) -> RunConfig:
-    """Returns a run's config whose held-out samples hold other frames around the same present.
-
-    Args:
-        config: The run config; as many steps are taken as in it, or as many as the clips give if it states none.
-        choice: Where the frames come from.
-
-    Raises:
-        ConfigError: If the held-out clips have no such frames, or more than the model takes; if there are no rollouts,
-            or the run trains the world encoder, of whose latents they are.
-    """
-    own = config.data.world
-    steps = None if choice == "image" else own.steps or None
-    if choice == "rollout" and steps is None:
-        steps = _reach(config, own)
-    world = own.model_copy(update={"frames": choice, "steps": steps})
-    reach, most = _reach(config, world), config.model.world.max_world_steps
-    problem = frames_problem(config.data.eval, world, "data.eval")
-    if problem is None and choice == "rollout":
-        problem = _lacks_rollouts(config, steps)
-    if problem is None and reach > most:
-        problem = f"data.eval has {reach} latent frames besides the present, and model.world.max_world_steps is {most}"
-    if problem is not None:
-        raise ConfigError(Problem(problem, key="--ablation", value=f"frames_{choice}"))
-    return config.model_copy(update={"data": config.data.model_copy(update={"world": world})})
-
-
-def _reach(config: RunConfig, world: WorldFrames) -> int:
-    """Returns the latent frames that held-out samples hold besides the present, at most."""
-    return (frames_of(config.data.eval, world) - 1) // TEMPORAL_COMPRESSION
-
-
-def _lacks_rollouts(config: RunConfig, steps: int | None) -> str | None:
-    """Returns why no rollouts can be read, as far as the config tells."""
-    if config.data.encoded is None:
-        return "rollouts are read from data.encoded, which is not set"
-    if Component.WORLD_ENCODER in config.trainable:
-        return "rollouts are latents of a frozen world encoder, and the run trains world_encoder"
-    return None if steps else "of images alone no number of latent frames follows: set data.world.steps"
 
 
 def fitting_ablations(config: RunConfig) -> list[Ablation]:
     """Returns the ablations that take something away from a run: those of its model, and of the frames of its data."""
     if not config.model.world.enabled:
-        return ["as_trained", "image_blanked"]
-    own = _reach(config, config.data.world)
+        return [*WORLDLESS_ABLATIONS]
+    own = reach(config, config.data.world)
     fitting: list[Ablation] = []
     for ablation, choice in FRAME_ABLATIONS.items():
         if choice is None:
@@ -79,7 +37,7 @@ def fitting_ablations(config: RunConfig) -> list[Ablation]:
                     check_rollouts(changed, open_processor(changed))
             except ConfigError:
                 continue
-            changes = max(own, _reach(changed, changed.data.world)) > 0
+            changes = max(own, reach(changed, changed.data.world)) > 0
         fitting += [ablation] if changes else []
     return [*ABLATIONS, *fitting]
 

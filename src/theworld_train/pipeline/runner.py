@@ -16,7 +16,6 @@ from theworld_train.config.pipeline import PipelineConfig
 from theworld_train.pipeline.journal import Journal, State
 from theworld_train.pipeline.process import SIGNAL_BASE, Processes
 from theworld_train.pipeline.stages import (
-    EVALUATION_FILE,
     StagePlan,
     chosen,
     good_enough,
@@ -119,7 +118,7 @@ class _Run:
                     self._train(plan, title)
                     refuse_mixed(self._plans)
                 if not plan.is_measured:
-                    self._measure(plan)
+                    self._measure(plan, title)
 
     def _train(self, plan: StagePlan, title: str) -> None:
         """Runs a stage until it is complete, or has failed once more than it may."""
@@ -128,13 +127,14 @@ class _Run:
             self._say(f"{title}: {' '.join(plan.command)}")
             self._journal.launched(plan.name)
             code = self._launch(plan)
-            if code == 0 and plan.is_complete:
+            # Its result alone decides: a process may end badly after it, while its trackers or its process group close.
+            if plan.is_complete:
                 self._complete(plan, code)
                 return
             state, reason = self._outcome(code)
             self._journal.note(plan.name, state, reason, code)
             if state == "stopped":
-                raise PipelineHaltedError(f"stage {plan.name!r} {reason}; {GOES_ON}", code)
+                raise PipelineHaltedError(f"stage {plan.name!r} {reason}; {GOES_ON}", code or SAVED_AND_STOPPED)
             if code == WRONG_INPUT or not left:
                 raise PipelineHaltedError(f"stage {plan.name!r} {reason}: {' '.join(plan.command)}", code or 1)
             self._say(f"{title}: {reason}; is started again from its newest checkpoint ({left} of {plan.retries} left)")
@@ -168,16 +168,22 @@ class _Run:
         """Writes down that a stage is complete, which its result alone decides."""
         self._journal.note(plan.name, "complete", (plan.result or {}).get("reason"), code)
 
-    def _measure(self, plan: StagePlan) -> None:
+    def _measure(self, plan: StagePlan, title: str) -> None:
+        """Measures a stage until that has succeeded, or has failed once more than the stage may."""
         assert plan.evaluation is not None
-        self._refuse_stopped(plan)
-        code = self._processes.call(plan.evaluation)
-        if self._processes.stopped_by is not None:
-            message = f"stopped by a signal while stage {plan.name!r} was measured; {GOES_ON}"
-            raise PipelineHaltedError(message, SAVED_AND_STOPPED)
-        if code:
-            message = f"measuring stage {plan.name!r} ended with exit code {code}: {' '.join(plan.evaluation)}"
-            raise PipelineHaltedError(message, code)
+        for left in range(plan.retries, -1, -1):
+            self._refuse_stopped(plan)
+            code = self._processes.call(plan.evaluation)
+            if self._processes.stopped_by is not None:
+                message = f"stopped by a signal while stage {plan.name!r} was measured; {GOES_ON}"
+                raise PipelineHaltedError(message, SAVED_AND_STOPPED)
+            if code == 0:
+                return
+            reason = f"ended with exit code {code}"
+            if code in {WRONG_INPUT, *_STOPPED} or not left:
+                message = f"measuring stage {plan.name!r} {reason}: {' '.join(plan.evaluation)}"
+                raise PipelineHaltedError(message, code)
+            self._say(f"{title}: measuring it {reason}; it is measured again ({left} of {plan.retries} left)")
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -193,7 +199,7 @@ def summarise(pipeline: PipelineConfig, plans: Sequence[StagePlan]) -> dict[str,
             state = "pending" if good_enough(plans[:number]) is None else "skipped"
             stages.append(entry | {"state": state})
             continue
-        evaluation = plan.directory / EVALUATION_FILE
-        ablations = json.loads(evaluation.read_text())["ablations"] if evaluation.is_file() else {}
+        measured = plan.measured
+        ablations = {} if measured is None else measured["ablations"]
         stages.append(entry | {"state": "complete"} | result | {"ablations": ablations})
     return {"pipeline": pipeline.name, "stages": stages}

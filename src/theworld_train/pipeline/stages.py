@@ -10,11 +10,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from theworld_train.accounting.frames import unfit_ablations
 from theworld_train.checkpoint_files import COMPONENTS_FILE, newest_checkpoint, origin_of, read_record, recorded_origin
 from theworld_train.config import format_overrides, load_run_config
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
-from theworld_train.config.pipeline import PipelineConfig, PipelineStage
-from theworld_train.config.schema import RunConfig
+from theworld_train.config.pipeline import PipelineConfig, PipelineEvaluation, PipelineStage
+from theworld_train.config.schema import Ablation, RunConfig
 from theworld_train.train.gates import STOP
 from theworld_train.train.resume_rules import Change, changed_keys
 
@@ -37,6 +38,7 @@ class StagePlan:
         command: Its training command.
         ranks: Processes that the command starts; None if its words do not say.
         evaluation: The command that measures its checkpoint, or None.
+        ablations: The variants that it names; none if the command chooses all that fit.
         retries: Times that it is started again if it fails.
     """
 
@@ -44,6 +46,7 @@ class StagePlan:
     command: tuple[str, ...]
     ranks: int | None
     evaluation: tuple[str, ...] | None
+    ablations: tuple[Ablation, ...]
     retries: int
 
     @property
@@ -71,16 +74,30 @@ class StagePlan:
         return self.result is not None
 
     @property
+    def measured(self) -> dict[str, Any] | None:
+        """What was measured on its newest checkpoint; None if nothing was, or on another one."""
+        path, newest = self.directory / EVALUATION_FILE, newest_checkpoint(self.directory)
+        if newest is None or not path.is_file():
+            return None
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        known = found.get("checkpoint", {}).get("manifest_sha256")
+        return found if known == origin_of(newest).manifest_sha256 else None
+
+    @property
     def is_measured(self) -> bool:
         """Whether nothing is left to be measured after it."""
-        return self.evaluation is None or (self.directory / EVALUATION_FILE).is_file()
+        if self.evaluation is None:
+            return True
+        found = self.measured
+        return found is not None and set(self.ablations) <= set(found["ablations"])
 
 
 def plan_stages(pipeline: PipelineConfig) -> list[StagePlan]:
     """Resolves every stage before the first one runs.
 
     Raises:
-        ConfigError: With the problems of all stages, or if two stages have one name.
+        ConfigError: With the problems of all stages, or if two stages have one name, or if something is to be measured
+            that a stage does not have.
     """
     plans: list[StagePlan] = []
     problems: list[Problem] = []
@@ -89,16 +106,31 @@ def plan_stages(pipeline: PipelineConfig) -> list[StagePlan]:
         if any(plan.name == name for plan in plans):
             problems.append(Problem(f"two stages are called {name!r}", key="stages", hint="give one another `name`"))
         plans.append(_plan(pipeline, stage, name, plans[-1].directory if plans else None))
-    measured = () if pipeline.evaluation is None else pipeline.evaluation.stages or ()
-    names = [plan.name for plan in plans]
-    problems += [
-        Problem(f"no stage is called {name!r}", key="evaluation.stages", hint=did_you_mean(name, names))
-        for name in measured
-        if name not in names
-    ]
+    if pipeline.evaluation is not None:
+        problems += _unmeasurable(pipeline.evaluation, plans)
     if problems:
         raise ConfigError(problems)
     return plans
+
+
+def _unmeasurable(wanted: PipelineEvaluation, plans: Sequence[StagePlan]) -> list[Problem]:
+    """Returns what is to be measured that the stages do not have."""
+    configs = {plan.name: plan.config for plan in plans}
+    problems = []
+    for name in wanted.stages or ():
+        if name not in configs:
+            hint = did_you_mean(name, list(configs))
+            problems.append(Problem(f"no stage is called {name!r}", key="evaluation.stages", hint=hint))
+        elif configs[name].data.eval is None:
+            message, hint = f"stage {name!r} has no held-out split to be measured on", "set data.eval in its run config"
+            problems.append(Problem(message, key="evaluation.stages", hint=hint))
+    hint = "name the stages that have it in evaluation.stages, or leave evaluation.ablations out"
+    return problems + [
+        Problem(f"stage {plan.name!r}: {unfit.message}", key="evaluation.ablations", value=unfit.value, hint=hint)
+        for plan in plans
+        if plan.evaluation is not None
+        for unfit in unfit_ablations(plan.config, plan.ablations)
+    ]
 
 
 def _plan(pipeline: PipelineConfig, stage: PipelineStage, name: str, previous: Path | None) -> StagePlan:
@@ -110,14 +142,16 @@ def _plan(pipeline: PipelineConfig, stage: PipelineStage, name: str, previous: P
     overrides = format_overrides(values)
     config = load_run_config(stage.config, overrides)
     launcher = pipeline.launcher if stage.launcher is None else stage.launcher
-    evaluation = None
+    evaluation: tuple[str, ...] | None = None
+    ablations: tuple[Ablation, ...] = ()
     if pipeline.evaluation is not None and is_measured(pipeline, config):
-        flags = [word for ablation in pipeline.evaluation.ablations for word in ("--ablation", ablation)]
+        ablations = pipeline.evaluation.ablations or ()
+        flags = [word for ablation in ablations for word in ("--ablation", ablation)]
         out = str(directory / EVALUATION_FILE)
         evaluation = (sys.executable, "-m", "theworld_train", "evaluate", str(directory), *flags, "--json", out)
     on_failure = pipeline.on_failure if stage.on_failure is None else stage.on_failure
     command = (*_training(launcher), stage.config, *overrides)
-    return StagePlan(config, command, ranks_of(launcher), evaluation, on_failure.retry)
+    return StagePlan(config, command, ranks_of(launcher), evaluation, ablations, on_failure.retry)
 
 
 def _training(launcher: Sequence[str]) -> tuple[str, ...]:

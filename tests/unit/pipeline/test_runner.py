@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -20,11 +21,11 @@ from theworld_train.checkpoint_files import FORMAT, Origin, newest_checkpoint, o
 from theworld_train.config import dump_config
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.gates import AdvanceWhen
-from theworld_train.config.pipeline import OnFailure, PipelineConfig
+from theworld_train.config.pipeline import OnFailure, PipelineConfig, PipelineEvaluation
 from theworld_train.pipeline.journal import read_journal
 from theworld_train.pipeline.process import Processes
-from theworld_train.pipeline.runner import PipelineHaltedError, run_pipeline
-from theworld_train.pipeline.stages import plan_stages, ranks_of
+from theworld_train.pipeline.runner import PipelineHaltedError, run_pipeline, summarise
+from theworld_train.pipeline.stages import StagePlan, plan_stages, ranks_of
 from theworld_train.train.run_lock import run_lock
 
 STAGES = ("projection", "vision", "language")
@@ -39,6 +40,17 @@ def write_stage(directory: Path, init_from: Origin | None = None, *, step: int =
     (checkpoint / "components.json").write_text(json.dumps(record))
     (checkpoint / "manifest.json").write_text(json.dumps({"format": FORMAT, "text": f"{checkpoint} {text}"}))
     return checkpoint
+
+
+def write_evaluation(plan: StagePlan) -> None:
+    """Writes what `evaluate` finds on a stage's newest checkpoint, as far as the runner reads it."""
+    newest = newest_checkpoint(plan.directory)
+    assert newest is not None
+    found = {
+        "checkpoint": {"manifest_sha256": origin_of(newest).manifest_sha256},
+        "ablations": {name: {} for name in plan.ablations or ("as_trained",)},
+    }
+    (plan.directory / "evaluation.json").write_text(json.dumps(found))
 
 
 @pytest.fixture
@@ -64,25 +76,33 @@ class Script:
     """What the processes of stages do instead of training.
 
     Attributes:
-        codes: Exit codes of each stage's launches, the last one again and again; 0 where there are none.
+        codes: Exit codes of each stage's launches, the last one again and again; 0 where there are none. Those of its
+            measurements are of `measure NAME`.
+        complete_anyway: Stages that leave a result whatever they end with.
         ended_by: What ends a stage that is complete; all steps if it is not named.
         ran: Names of the stages that were launched, in order.
     """
 
     codes: dict[str, list[int]] = field(default_factory=dict)
     ended_by: dict[str, str] = field(default_factory=dict)
+    complete_anyway: tuple[str, ...] = ()
     ran: list[str] = field(default_factory=list)
 
     def call(self, pipeline: PipelineConfig, command: Sequence[str]) -> int:
-        plan = next(plan for plan in plan_stages(pipeline) if plan.command == command)
-        self.ran.append(plan.name)
-        codes = self.codes.get(plan.name, [0])
+        plan = next(plan for plan in plan_stages(pipeline) if command in (plan.command, plan.evaluation))
+        name = plan.name if command == plan.command else f"measure {plan.name}"
+        self.ran.append(name)
+        codes = self.codes.get(name, [0])
         code = codes.pop(0) if len(codes) > 1 else codes[0]
+        if command == plan.evaluation:
+            if code == 0:
+                write_evaluation(plan)
+            return code
         source = newest_checkpoint(Path(plan.config.init_from)) if plan.config.init_from else None
         if newest_checkpoint(plan.directory) is None:
             write_stage(plan.directory, origin_of(source) if source else None)
         (plan.directory / "config.yaml").write_text(dump_config(plan.config))
-        if code == 0:
+        if code == 0 or plan.name in self.complete_anyway:
             by = self.ended_by.get(plan.name, "max_steps")
             (plan.directory / "result.json").write_text(json.dumps({"steps": 4, "ended_by": by, "reason": f"by {by}"}))
         return code
@@ -305,6 +325,39 @@ def test_stage_may_state_its_own_retries(run: Run, pipeline: PipelineConfig):
     assert script.ran == ["projection", "projection", "vision"]
 
 
+@pytest.mark.parametrize("code", [1, 75, 143])
+def test_stage_that_ends_badly_after_its_result_is_complete(run: Run, tmp_path: Path, code: int):
+    assert run(script=Script({"vision": [code]}, complete_anyway=("vision",))) == list(STAGES)
+    assert states(tmp_path)["vision"] == [("running", 1, None, None), ("complete", 1, "by max_steps", code)]
+
+
+def test_signal_that_comes_as_a_stage_completes_stops_the_pipeline_after_it(
+    pipeline: PipelineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    script = Script({"projection": [143]}, complete_anyway=("projection",))
+
+    def call(processes: Processes, command: Sequence[str]) -> int:
+        processes.stopped_by = signal.SIGTERM
+        return script.call(pipeline, command)
+
+    monkeypatch.setattr(Processes, "call", call)
+    with pytest.raises(PipelineHaltedError, match="stopped by SIGTERM before stage 'vision'") as caught:
+        run_pipeline(pipeline, Console(file=io.StringIO()))
+    assert (caught.value.returncode, script.ran) == (75, ["projection"])
+    assert states(tmp_path)["projection"][-1][0] == "complete"
+
+
+def test_stopped_pipeline_never_ends_with_0(pipeline: PipelineConfig, monkeypatch: pytest.MonkeyPatch):
+    def call(processes: Processes, _: Sequence[str]) -> int:
+        processes.stopped_by = signal.SIGTERM
+        return 0
+
+    monkeypatch.setattr(Processes, "call", call)
+    with pytest.raises(PipelineHaltedError, match="was stopped by a signal") as caught:
+        run_pipeline(pipeline, Console(file=io.StringIO()))
+    assert caught.value.returncode == 75
+
+
 def test_launcher_that_does_not_wait_is_a_failure(pipeline: PipelineConfig, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Processes, "call", lambda *_: 0)
     with pytest.raises(PipelineHaltedError, match="a launcher has to wait for its processes") as caught:
@@ -337,6 +390,102 @@ def test_one_process_runs_a_pipeline(pipeline: PipelineConfig, run: Run):
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(pipeline: PipelineConfig, tmp_path: Path) -> Callable[..., PipelineConfig]:
+    """Makes a pipeline that measures its stages: the first has no world path, the last no held-out split."""
+    held_out = {"data.eval": {"source": "moving_digits", "split": "eval", "samples": 8}}
+    for name, values in {"projection": {"model.world.enabled": False, **held_out}, "vision": held_out}.items():
+        config = json.loads((tmp_path / f"{name}.yaml").read_text())
+        if name == "projection":
+            config["trainable"] = {"multi_modal_projector": {}}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(config))
+        index = STAGES.index(name)
+        stage = pipeline.stages[index].model_copy(update={"overrides": values})
+        stages = (*pipeline.stages[:index], stage, *pipeline.stages[index + 1 :])
+        pipeline = pipeline.model_copy(update={"stages": stages})
+
+    def make(**fields: Any) -> PipelineConfig:
+        return pipeline.model_copy(update={"evaluation": PipelineEvaluation.model_validate_json(json.dumps(fields))})
+
+    return make
+
+
+def test_unless_they_are_named_all_ablations_that_fit_are_measured(measured: Callable[..., PipelineConfig]):
+    first, second, last = plan_stages(measured())
+    assert last.evaluation is None
+    for plan in (first, second):
+        assert plan.evaluation is not None
+        assert "--ablation" not in plan.evaluation, "evaluate itself knows which fit"
+    named = plan_stages(measured(ablations=["as_trained", "image_blanked"]))[0].evaluation
+    assert named is not None
+    assert " ".join(named).count("--ablation") == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"ablations": ["as_trained", "world_masked"]},
+            "stage 'projection': there is no world path, so there is nothing",
+        ),
+        (
+            {"ablations": ["frames_rollout"], "stages": ["vision"]},
+            "stage 'vision': rollouts are read from data.encoded",
+        ),
+        ({"stages": ["language"]}, "evaluation.stages: stage 'language' has no held-out split to be measured on"),
+        ({"stages": ["visoin"]}, "evaluation.stages: no stage is called 'visoin'; did you mean 'vision'?"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is_trained(
+    run: Run, measured: Callable[..., PipelineConfig], fields: dict[str, Any], said: str
+):
+    script = Script()
+    with pytest.raises(ConfigError) as caught:
+        run(measured(**fields), script)
+    (problem,) = caught.value.problems
+    assert said in str(problem)
+    assert not script.ran
+
+
+def test_stage_is_measured_once_unless_its_checkpoint_or_the_ablations_are_others(
+    run: Run, measured: Callable[..., PipelineConfig], tmp_path: Path
+):
+    first, last = ["projection", "measure projection"], ["vision", "measure vision"]
+    assert run(measured()) == [*first, *last, "language"]
+    assert run(measured()) == []
+    wanted = {"ablations": ["as_trained", "image_blanked"]}
+    assert run(measured(**wanted)) == [first[1], last[1]]
+    assert run(measured(**wanted)) == run(measured()) == []
+    record = json.loads((tmp_path / "runs/projection/evaluation.json").read_text())
+    other = record | {"checkpoint": {"manifest_sha256": "another"}}
+    (tmp_path / "runs/projection/evaluation.json").write_text(json.dumps(other))
+    assert summarise(measured(), plan_stages(measured()))["stages"][0]["ablations"] == {}
+    assert run(measured()) == [first[1]]
+
+
+@pytest.mark.parametrize(
+    ("codes", "launches"),
+    [([1, 137, 0], 3), ([1, 1, 1], 3), ([2], 1), ([143], 1)],
+    ids=["helps", "always", "wrong", "stopped"],
+)
+def test_measurement_is_retried_if_that_may_help(
+    run: Run, measured: Callable[..., PipelineConfig], codes: list[int], launches: int
+):
+    pipeline = measured(stages=["vision"]).model_copy(update={"on_failure": OnFailure(retry=2)})
+    script = Script({"measure vision": [*codes]})
+    if codes[-1]:
+        with pytest.raises(PipelineHaltedError, match="measuring stage 'vision' ended with exit code") as caught:
+            run(pipeline, script)
+        assert caught.value.returncode == codes[-1]
+    else:
+        run(pipeline, script)
+    assert script.ran.count("measure vision") == launches
+    assert script.ran.count("vision") == 1
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
