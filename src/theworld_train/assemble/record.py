@@ -108,7 +108,8 @@ def new_launch(config: RunConfig, ledger: ParameterLedger, runtime: Runtime, ste
     launch = {
         "step": step,
         "started": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        "git": git_state(Path.cwd()),
+        # The main rank alone writes it down.
+        "git": git_state(Path.cwd()) if runtime.is_main else None,
         "versions": _versions(),
         "hardware": _hardware(runtime),
     }

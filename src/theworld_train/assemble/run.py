@@ -214,7 +214,9 @@ def _train(
     metrics = progress = None
     if runtime.is_main:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).write_text(dump_config(config))
+        if inheritance.step < ready.max_steps:
+            (directory / RESULT_FILE).unlink(missing_ok=True)  # of a shorter run, which is complete no more
+        _write_whole(directory / CONFIG_FILE, dump_config(config))
         metrics = MetricsFile(directory / METRICS_FILE, inheritance.step)
         _announce(config, ledger, ready.max_steps, accumulation, runtime, inheritance, console)
         _announce_wrong_rows(config, inputs.check, console)
@@ -365,9 +367,14 @@ def write_result(directory: Path, ledger: ParameterLedger, result: TrainingResul
         "eval": None if result.evaluation is None else result.evaluation.to_dict(),
         "checkpoint": last[-1].name if last else None,
     }
-    partial = directory / f".{RESULT_FILE}.partial"
-    partial.write_text(json.dumps(summary, indent=1))
-    partial.replace(directory / RESULT_FILE)
+    _write_whole(directory / RESULT_FILE, json.dumps(summary, indent=1))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 def load_run(checkpoint: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path]:

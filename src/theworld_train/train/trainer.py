@@ -201,11 +201,11 @@ class Trainer:
             self._metrics.write("start", self._first_step, layout)
         self._runtime.reset_memory_peak()
         self._stage.set_training_modes()
-        if self._misses_evaluation():
-            self._evaluate(done)
-        started = time.perf_counter()
         windows = self._windows(self._first_step, self._max_steps - self._first_step)
         with self._stop.listening(), closing(windows), _old_objects_left_alone():
+            if self._misses_evaluation():
+                self._evaluate(done)
+            started = time.perf_counter()
             while done < self._max_steps and self._gates.ending is None:
                 done += 1
                 self._runtime.enter("loading samples", done)
@@ -235,10 +235,10 @@ class Trainer:
                     self._evaluate(done)
                 started = time.perf_counter()
             self._save_what_is_done(done, saved)
-        resources = self._resources(times, waits)
-        if check is not None and self._first_step < done:
-            self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
-        return self._result(done, resources)
+            resources = self._resources(times, waits)
+            if check is not None and self._first_step < done:
+                self._say(f"never verified, since no sample has used it: {', '.join(check.pending)}")
+            return self._result(done, resources)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
@@ -360,11 +360,7 @@ class Trainer:
     def _misses_evaluation(self) -> bool:
         """Whether the checkpoint that the run goes on from was written before the evaluation of its step."""
         due = self._first_step > 0 and self._is_due(self._first_step, self._config.evaluation.every_steps)
-        if not (due and self._gates.misses_evaluation(self._first_step)):
-            return False
-        if self._metrics is not None:
-            self._metrics.forget("eval", self._first_step)
-        return True
+        return due and self._gates.misses_evaluation(self._first_step)
 
     def _judge(self, done: int, result: StepResult) -> None:
         """Has the gates take in a step; one that was skipped has measured nothing."""
@@ -469,6 +465,8 @@ class Trainer:
         self._observe(values, done)
         if self._metrics is not None:
             counts = {kind: group.samples for kind, group in result.kinds.items()}
+            if done == self._first_step:  # a process before this one may have measured it, and was killed then
+                self._metrics.forget("eval", done)
             self._metrics.write("eval", done, {**values, "samples": counts})
         self._track(values, done)
         self._say(f"held out after step {done}: {summary_line(result)}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -239,13 +241,61 @@ def test_run_that_was_broken_off_ends_at_the_same_step(
     assert measured == [2, 4, 6, 8], "each once"
 
 
-def test_run_killed_before_its_result_ends_where_it_did(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("gate", "measured"), [({"advance_when": {"plateau": NEVER_BETTER}}, [2, 4, 6]), ({}, [2, 4, 6, 8])]
+)
+def test_run_killed_between_its_last_evaluation_and_its_result_ends_where_it_did(
+    run: Callable[..., Any], tmp_path: Path, gate: dict[str, Any], measured: list[int]
 ):
-    gate = {"advance_when": {"plateau": NEVER_BETTER}}
     first = run(**gate)
     (tmp_path / "run/result.json").unlink()
-    assert run(resume="latest", **gate) == {**first, "eval": first["eval"]}
+    assert run(resume="latest", **gate) == first
+    rows = read_metrics(tmp_path / "run/metrics.jsonl", "eval")
+    assert [row["step"] for row in rows] == measured, "each once"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Generator[Callable[[int], None]]:
+    """Sends SIGTERM to the run in the midst of the evaluation of a step; what it does not note ends it there."""
+    evaluate = Trainer._evaluate
+
+    def tell(step: int) -> None:
+        def with_signal(trainer: Trainer, done: int) -> None:
+            if done == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            evaluate(trainer, done)
+
+        monkeypatch.setattr(Trainer, "_evaluate", with_signal)
+
+    def end(*_: object) -> None:
+        raise AssertionError("the signal has ended the run at once")
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield tell
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_signal_during_the_last_evaluation_of_a_run_that_a_gate_has_ended_is_too_late(
+    run: Callable[..., Any], told: Callable[[int], None]
+):
+    told(1)
+    result = run(every=4, advance_when={"tokens": 1})
+    assert (result["steps"], result["ended_by"]) == (1, "advance_when.tokens")
+    assert result["eval"] is not None
+
+
+def test_signal_during_the_evaluation_that_a_resumed_run_begins_with_stops_it_after_it(
+    run: Callable[..., Any], told: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gate = {"advance_when": {"plateau": {**NEVER_BETTER, "patience": 9}}}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_evaluate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(saved=2, **gate)
+    told(2)
+    with pytest.raises(StoppedError, match="after step 2"):
+        run(saved=2, resume="latest", **gate)
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl", "eval")] == [2]
 
 
 def test_kind_that_no_held_out_sample_has_is_refused_before_the_model_loads(
