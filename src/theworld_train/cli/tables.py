@@ -57,7 +57,8 @@ def stage_table(summary: Mapping[str, Any]) -> Table:
     stages = [stage for stage in summary["stages"] if stage["state"] == "complete"]
     measured = [stage["eval"] for stage in stages if stage["eval"]]
     kinds, share = _kinds(measured), _headline(measured)
-    table = Table(title=f"{summary['pipeline']}: share of held-out answers {share}, by stage", box=box.SIMPLE_HEAD)
+    shown = f"share of held-out answers {share}, by stage" if measured else "by stage"
+    table = Table(title=f"{summary['pipeline']}: {shown}", box=box.SIMPLE_HEAD)
     table.add_column("stage")
     for heading in ("trainable", "steps", "first loss", "last loss", *_headings(kinds)):
         table.add_column(heading, justify="right")

@@ -69,8 +69,11 @@ def _summary(path: str, overrides: list[str], rows: bool) -> str:
             keys = ", ".join(found.sweep.space)
             return f"sweep '{found.sweep.name}' of {found.wanted} trials ({found.sweep.search}) over {keys}"
     if kind == "pipeline":
+        from theworld_train.pipeline.stages import plan_stages
+
         pipeline = load_pipeline_config(path, overrides)
         stages = load_stage_configs(pipeline, source=path)
+        plan_stages(pipeline)
         checked = _check_data(stages) if rows else ""
         return f"pipeline '{pipeline.name}' of {', '.join(stage.name for stage in stages)}{checked}"
     config = load_run_config(path, overrides)
@@ -96,11 +99,11 @@ def _check_data(configs: Sequence[RunConfig]) -> str:
         config = hub.pin_revisions(unpinned, hub.read_lock(hub.LOCK_FILE))
         excluded = read_exclusions(Path(file) for file in config.data.exclude)
         for key, data, left_out in (("train", config.data.train, excluded), ("eval", config.data.eval, frozenset())):
-            name = repr((data, left_out))
+            name = repr((data, config.data.world, left_out))
             if data is None or name in numbers:
                 continue
             try:
-                source = open_source(data)
+                source = open_source(data, config.data.world)
                 numbers[name] = len(source)
                 problems += check_rows(source, f"data.{key}", 0, left_out).problems
             except ConfigError as error:

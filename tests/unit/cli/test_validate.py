@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 
+from theworld_train.data import open_source
+
+FRAMES = ["image", "future"]
+
 
 def test_a_good_config_is_ok(folder, call):
     assert call("validate", "good.yaml") == (0, "ok     good.yaml: run 'good' trains world_projector\n", "")
@@ -50,6 +54,18 @@ def test_a_pipeline_is_checked_with_its_stages(folder, call):
     assert "1 problem in pipeline.yaml: stages[1].overrides\n  optimizer.lr: expected a number > 0 (got 'x')" in err
 
 
+def test_a_pipeline_that_run_refuses_is_wrong(folder, call):
+    head = "name: chain\noutput_dir: o\n"
+    for text, said in (
+        ("stages: [{config: good.yaml}, {config: good.yaml}]", "stages: two stages are called 'good'"),
+        ("stages: [{config: good.yaml}]\nevaluation: {stages: [god]}", "no stage is called 'god'; did you mean 'good'"),
+    ):
+        (folder / "pipeline.yaml").write_text(f"{head}{text}\n")
+        code, out, err = call("validate", "pipeline.yaml")
+        assert (code, out) == (2, "wrong  pipeline.yaml\n")
+        assert said in err
+
+
 def test_a_config_in_another_folder_is_named_as_the_user_named_it(folder, call):
     (folder / "sub").mkdir()
     (folder / "sub" / "c.yaml").write_text("extends: ../wrong.yaml")
@@ -86,3 +102,21 @@ def test_with_the_data_every_wrong_row_is_named(folder, call):
         "ok     good.yaml: run 'good' trains world_projector; 4 rows checked\n",
         "",
     )
+
+
+def test_data_that_stages_take_other_frames_of_are_checked_for_each(folder, call, monkeypatch):
+    opened = []
+
+    def noted(data, world=None):
+        opened.append(world and world.frames)
+        return open_source(data, world)
+
+    monkeypatch.setattr("theworld_train.data.open_source", noted)
+    (folder / "good.yaml").write_text(
+        "name: good\noutput_dir: o\ntrainable: {world_projector: {}}\ntraining: {max_steps: 10}\n"
+        "data: {train: {source: moving_digits, split: train, samples: 8, later_frames: 4}}\n"
+    )
+    others = ", ".join(f"{{config: good.yaml, overrides: {{name: {x}, data.world.frames: {x}}}}}" for x in FRAMES)
+    (folder / "pipeline.yaml").write_text(f"name: chain\noutput_dir: o\nstages: [{others}]\n")
+    assert call("validate", "--data", "pipeline.yaml")[0] == 0
+    assert opened == FRAMES
