@@ -195,7 +195,7 @@ def _study(found: Checked) -> Study:
 
 
 def _fits(sweep: SweepConfig, path: Path) -> Fits | None:
-    """Returns what asks the plan whether a point can fit, if the sweep says what it has to fit."""
+    """Returns what asks the plan whether a run can fit, if the sweep says what it has to fit."""
     from theworld_train.accounting.gpus import gpu_spec
 
     spec = gpu_spec(sweep.gpu, source=str(path), key="gpu") if sweep.gpu is not None else None
@@ -203,7 +203,7 @@ def _fits(sweep: SweepConfig, path: Path) -> Fits | None:
     if spec is None and memory is None:
         return None
 
-    def fits(runs: Sequence[RunConfig], processes: int) -> str | None:
+    def fits(run: RunConfig, processes: int) -> str | None:
         from theworld_train.cli.ranks import offline
         from theworld_train.cli.strategy import strategies_of
 
@@ -211,13 +211,10 @@ def _fits(sweep: SweepConfig, path: Path) -> Fits | None:
         from theworld_train.plan.choice import gpu_of_memory, why_not
 
         gpu = spec if spec is not None else gpu_of_memory(round((memory or 0) * 2**30))
-        for run in runs:
-            strategy = run.runtime.strategy
-            able = strategies_of(run) if strategy == "auto" else (strategy,)
-            # A single process holds everything, whatever the strategy.
-            if reason := why_not(run, able[:1] if processes == 1 else able, processes, gpu):
-                return f"{run.name}: {reason}" if len(runs) > 1 else reason
-        return None
+        strategy = run.runtime.strategy
+        able = strategies_of(run) if strategy == "auto" else (strategy,)
+        # A single process holds everything, whatever the strategy.
+        return why_not(run, able[:1] if processes == 1 else able, processes, gpu)
 
     return fits
 

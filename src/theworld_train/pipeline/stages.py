@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from theworld_train.accounting.frames import unfit_ablations
 from theworld_train.checkpoint_files import COMPONENTS_FILE, newest_checkpoint, origin_of, read_record, recorded_origin
 from theworld_train.config import format_overrides, load_run_config
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
+from theworld_train.config.launchers import ranks_of
 from theworld_train.config.pipeline import PipelineConfig, PipelineEvaluation, PipelineStage
 from theworld_train.config.schema import Ablation, RunConfig
 from theworld_train.train.gates import STOP
@@ -21,10 +21,6 @@ from theworld_train.train.resume_rules import Change, changed_keys
 
 RESULT_FILE = "result.json"
 EVALUATION_FILE = "evaluation.json"
-#: Flags of launchers that say how many processes there are: on each machine, of machines, and of all together.
-_PROCESS_FLAGS = ("--nproc", "--nproc-per-node", "--nproc_per_node")
-_MACHINE_FLAGS = ("--nnodes",)
-_ALL_PROCESSES_FLAGS = ("--num_processes", "--num-processes", "--ntasks")
 #: How the command is called, by which a launcher that is ours is known.
 _PROGRAMS = ("theworld-train", "theworld_train")
 
@@ -159,20 +155,6 @@ def _training(launcher: Sequence[str]) -> tuple[str, ...]:
     if any(Path(word).name in _PROGRAMS for word in launcher):
         return tuple(launcher)
     return (*(launcher or (sys.executable,)), "-m", "theworld_train", "train")
-
-
-def ranks_of(launcher: Sequence[str]) -> int | None:
-    """Returns how many processes a launcher starts; None if its words do not say."""
-    if not launcher:
-        return 1
-    words = [part for word in launcher for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    numbers = {flag: int(value) for flag, value in pairwise(words) if value.isdecimal()}
-
-    def first(flags: Sequence[str]) -> int | None:
-        return next((numbers[flag] for flag in flags if flag in numbers), None)
-
-    processes, machines = first(_PROCESS_FLAGS), first(_MACHINE_FLAGS) or 1
-    return first(_ALL_PROCESSES_FLAGS) if processes is None else processes * machines
 
 
 def is_measured(pipeline: PipelineConfig, stage: RunConfig) -> bool:

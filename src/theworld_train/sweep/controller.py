@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, MappingProxyType
 
-from theworld_train.config import load_run_config
+from theworld_train.config import load_pipeline_config, load_run_config
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.launchers import ranks_of
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.sweep import SweepConfig, SweepWorkers
 from theworld_train.sweep.launching import LOG_TAIL_LINES, Launch, State, ending, exit_code, start
@@ -36,8 +37,8 @@ NOTHING: Mapping[str, object] = MappingProxyType({})
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Say = Callable[[str], None]
-#: Says why runs of so many processes cannot fit, or None; `sweep` stands beside the plan and is handed it.
-Fits = Callable[[Sequence[RunConfig], int], str | None]
+#: Says why a run of so many processes cannot fit, or None; `sweep` stands beside the plan and is handed it.
+Fits = Callable[[RunConfig, int], str | None]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Controller:
             target: What is varied, resolved.
             workers: What this process runs trials on.
             say: Tells the user.
-            fits: Says why a point cannot fit; None if that is not asked.
+            fits: Says why a run cannot fit; None if that is not asked.
         """
         self._sweep = sweep
         self._study = study
@@ -200,7 +201,7 @@ class Controller:
         launches = int(trial.user_attrs.get(LAUNCHES, 0))
         try:
             runs = self._frozen(trial.number, values)
-            reason = self._why_not(trial.number, runs, self._workers[worker].processes) if launches == 0 else None
+            reason = self._why_not(trial.number, runs, self._workers[worker]) if launches == 0 else None
         except ConfigError as error:
             return self._end(claim, "invalid", {REASON: "; ".join(str(problem) for problem in error.problems)})
         if reason is not None:
@@ -218,16 +219,30 @@ class Controller:
         self._write()
         return None
 
-    def _why_not(self, number: int, runs: Sequence[RunConfig], processes: int) -> str | None:
+    def _why_not(self, number: int, runs: Sequence[RunConfig], worker: Worker) -> str | None:
         """Says why a trial cannot fit, or None if it may; a plan that fails itself keeps nothing from being tried."""
+        if self._fits is None:
+            return None
         try:
-            return None if self._fits is None else self._fits(runs, processes)
+            for run, processes in zip(runs, self._processes(number, worker), strict=True):
+                reason = None if processes is None else self._fits(run, processes)
+                if reason is not None:
+                    return f"{run.name}: {reason}" if len(runs) > 1 else reason
+            return None
         except ConfigError:
             raise
         except Exception as error:
             said = f"{type(error).__name__}: {error}".splitlines()[0]
             self._say(f"trial {number} cannot be planned ({said}), so that it is launched without")
             return None
+
+    def _processes(self, number: int, worker: Worker) -> list[int | None]:
+        """Returns how many processes each run of a trial has; None where the words of a launcher do not say."""
+        if self._sweep.kind == "run":
+            return [ranks_of(self._sweep.launcher) if self._sweep.launcher else worker.processes]
+        pipeline = load_pipeline_config(self._study.path_of(number) / CONFIG_FILE)
+        launchers = (pipeline.launcher if stage.launcher is None else stage.launcher for stage in pipeline.stages)
+        return [ranks_of(launcher) for launcher in launchers]
 
     def _frozen(self, number: int, values: Values) -> list[RunConfig]:
         """Returns the run configs of a trial, frozen in its directory before it is launched for the first time."""

@@ -21,11 +21,12 @@ from theworld_train.checkpoint_files import FORMAT, Origin, newest_checkpoint, o
 from theworld_train.config import dump_config
 from theworld_train.config.errors import ConfigError
 from theworld_train.config.gates import AdvanceWhen
+from theworld_train.config.launchers import ranks_of
 from theworld_train.config.pipeline import OnFailure, PipelineConfig, PipelineEvaluation
 from theworld_train.pipeline.journal import read_journal
 from theworld_train.pipeline.process import Processes
 from theworld_train.pipeline.runner import PipelineHaltedError, run_pipeline, summarise
-from theworld_train.pipeline.stages import StagePlan, plan_stages, ranks_of
+from theworld_train.pipeline.stages import StagePlan, plan_stages
 from theworld_train.train.run_lock import run_lock
 
 STAGES = ("projection", "vision", "language")

@@ -12,8 +12,9 @@ import pytest
 
 from tests.helpers import scripted_trial
 from tests.helpers.scripted_trial import CRASHES, OUT_OF_MEMORY, SILENT, SLOW, STEPS, STOPPED, WELL, value_at
-from tests.helpers.sweeps import NO_PLAN, TOO_LARGE, controller_of, write_sweep
+from tests.helpers.sweeps import LAUNCHER, NO_PLAN, TOO_LARGE, controller_of, write_sweep
 from theworld_train.config import ConfigError, load_run_config, load_sweep_config
+from theworld_train.config.schema import RunConfig
 from theworld_train.config.sweep import SweepWorkers
 from theworld_train.sweep.controller import Controller, Worker, only_worker, training_command, workers_of
 
@@ -143,6 +144,37 @@ def test_a_trial_whose_plan_fails_is_launched(tmp_path: Path):
     controller.run()
     assert said[0] == "trial 0 cannot be planned (NotImplementedError: no plan of it), so that it is launched without"
     assert controller.summary()["trials"][0]["state"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("words", "state"), [(["--nproc=1"], "does_not_fit"), (["--nproc", "8"], "complete"), ([], "complete")]
+)
+def test_the_plan_is_asked_with_the_processes_of_the_launcher(tmp_path: Path, words: list[str], state: str):
+    """Eight of them divide what one cannot hold; a launcher that does not say how many there are is not judged."""
+    space = {"optimizer.lr": {"values": [TOO_LARGE]}}
+    controller = controller_of(write_sweep(tmp_path, space=space, launcher=[*LAUNCHER, *words]), ALONE)
+    controller.run()
+    assert controller.summary()["trials"][0]["state"] == state
+
+
+def test_the_plan_is_asked_with_the_processes_of_each_stage(
+    tmp_path: Path, chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    text = (tmp_path / "chain.yaml").read_text()
+    stages = text.replace("- config: stage.yaml", "- launcher: [srun]\n  config: stage.yaml", 1)
+    (tmp_path / "chain.yaml").write_text(stages + "launcher: [torchrun, --nnodes=2, --nproc-per-node=8]\n")
+    asked = []
+
+    def fits(run: RunConfig, processes: int) -> str:
+        asked.append((run.name, processes))
+        return "too large"
+
+    monkeypatch.setattr("tests.helpers.sweeps.fits", fits)
+    space = {"stages.one.seed": {"values": [1]}}
+    controller = controller_of(write_sweep(tmp_path, space=space, **chain), [Worker(None, 1)])
+    controller.run()
+    assert asked == [("two", 16)], "nobody knows what srun starts"
+    assert controller.summary()["trials"][0]["reason"] == "two: too large"
 
 
 def test_each_worker_has_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
