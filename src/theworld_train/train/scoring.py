@@ -38,8 +38,8 @@ def is_normalized(answer: str, expected: str) -> bool:
 def named_choice(text: str, choices: Sequence[str]) -> str | None:
     """Returns the choice that a text names, or None if it names none, or several.
 
-    It names the one that it begins with if nothing follows, or a mark such as in `(B) left`, `B.` or `B: left`. Else it
-    names what it holds as words of their own. Case matters where choices are single letters: `a dog` is no `A`.
+    It names what it holds as words of their own. Of single letters it names the one that it begins with and marks, as
+    in `(B) left`, `B.` or `B: left`, whatever follows; and their case matters: `a dog` is no `A`.
 
     Args:
         text: An answer.
@@ -47,9 +47,8 @@ def named_choice(text: str, choices: Sequence[str]) -> str | None:
     """
     letters = all(len(choice) == 1 for choice in choices)
     flags = re.NOFLAG if letters else re.IGNORECASE
-    for choice in sorted(choices, key=len, reverse=True):
-        if re.match(rf"\s*\(?{re.escape(choice)}(?:\s*$|\s*[).:,])", text, flags):
-            return choice
+    if letters and (marked := re.match(r"\s*\(?(\S)\s*[).:]", text)) and marked[1] in choices:
+        return marked[1]
     found = []
     rest = text
     for choice in sorted(choices, key=len, reverse=True):  # of `up` and `up and left` the longer one is meant

@@ -56,12 +56,17 @@ WAYS = ("left", "right", "up", "up and left")
         ("B. It is not A", LETTERS, "B"),
         ("B: left", LETTERS, "B"),
         ("The answer is C.", LETTERS, "C"),
+        ("B, A", LETTERS, None),
         ("a dog", LETTERS, None),
         ("A or B", LETTERS, None),
         ("Because", LETTERS, None),
         ("", LETTERS, None),
         ("Left", WAYS, "left"),
         ("It moves to the LEFT!", WAYS, "left"),
+        ("left: it moves there", WAYS, "left"),
+        ("left, right, up, down", WAYS, None),
+        ("left: no, it moves right", WAYS, None),
+        ("left. Or right.", WAYS, None),
         ("leftover", WAYS, None),
         ("left or right", WAYS, None),
         ("It goes up and left", WAYS, "up and left"),
@@ -77,6 +82,7 @@ def test_a_choice_is_named_alone(text: str, choices: tuple[str, ...], expected: 
 def test_choices_are_compared_with_the_expected_one():
     assert correct("to the left", "Left", "choice", choices=WAYS)
     assert not correct("right", "left", "choice", choices=WAYS)
+    assert not correct("left, right, up", "left", "choice", choices=WAYS)
     assert not correct("neither", "left", "choice", choices=WAYS)
 
 
