@@ -27,6 +27,7 @@ _VALUES = re.compile(
     r"|\bwandb_v1_\w{20,}"  # Weights & Biases; its older keys are 40 hexadecimal digits, as are commits
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|://[^/\s:@]+:[^/\s@]+@"  # a URL with a password in it
+    r"|[?&](?:password|passwd|pwd|token|secret)=[^&\s]"  # a URL with one in its query
     r"|(?:^|[\s;])[A-Z0-9_]*(?:TOKEN|API_KEY|PASSWORD|SECRET)=\S"  # an environment variable that a command sets
     r"|--(?:(?:hf|hub|auth|access)[_-])?(?:token|api[_-]key|password)=\S"  # an argument of a command
 )

@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from theworld_train.config.credentials import looks_secret
 from theworld_train.config.errors import ConfigError, Problem, did_you_mean
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.sweep import SweepConfig
@@ -302,11 +303,12 @@ def _database(url: str, storage: str) -> BaseStorage:
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-    shown = storage
+    shown = storage.partition("?")[0]
     options = {"connect_args": {"timeout": SQLITE_PATIENCE_S}} if url.startswith("sqlite") else {}
     try:
         parsed = make_url(url)
-        shown = storage if storage.startswith(ENVIRONMENT) else parsed.render_as_string(hide_password=True)
+        if not storage.startswith(ENVIRONMENT):
+            shown = parsed.set(query={}).render_as_string(hide_password=True)
         return RDBStorage(url, engine_kwargs=options)
     except ArgumentError:
         raise ConfigError(Problem("is no URL of a database", key="storage", value=shown)) from None
@@ -318,5 +320,10 @@ def _database(url: str, storage: str) -> BaseStorage:
     except (SQLAlchemyError, RuntimeError, ValueError) as error:
         # The drivers' own words; SQLAlchemy's further lines quote the statement.
         said = str(error.__cause__ or error).splitlines() or [type(error).__name__]
-        hidden = said[0] if parsed.password is None else said[0].replace(str(parsed.password), "***")
+        hidden = said[0]
+        stated = (
+            value for key, values in parsed.normalized_query.items() if looks_secret(key, None) for value in values
+        )
+        for secret in filter(None, (parsed.password, *stated)):
+            hidden = hidden.replace(str(secret), "***")
         raise ConfigError(Problem(f"cannot be reached: {hidden}", key="storage", value=shown)) from None

@@ -27,6 +27,8 @@ def test_a_key_that_names_a_secret_is_refused(write, the_problem_of, key):
         SECRET,
         f"https://hub/{SECRET}",
         "https://user:correct-horse@hub.example/x",
+        "postgresql://host/db?user=u&password=correct-horse",
+        "https://hub.example/x?token=correct-horse",
         "ghp_" + "a1" * 18,
         "sk-" + "a1" * 20,
         "AKIA" + "A1" * 8,
@@ -82,6 +84,7 @@ def test_no_key_of_the_schema_looks_like_a_secret():
         "s3://bucket/path",
         "--max_tokens=5",
         "--max_token=5",
+        "postgresql://host/db?sslmode=require&password_file=x",
     ],
 )
 def test_ordinary_values_pass(value):

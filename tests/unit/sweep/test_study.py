@@ -156,6 +156,8 @@ def test_a_journal_serves_several_processes(opened: Open):
         ("env:NO_SUCH_NAME", "the environment has no NO_SUCH_NAME"),
         ("postgresql+pg8000://me:hunter2@localhost:1/x", "needs the package pg8000"),
         ("nosuch://me:hunter2@localhost:1/x", "nosuch"),
+        ("nosuch://localhost:1/x?user=me&password=hunter2", "nosuch"),
+        ("http://[?password=hunter2", "storage"),
         ("sqlite:////no/such/folder/x.db", "cannot be reached: unable to open database file"),
         ("http://me:hunter2@[", "storage"),
     ],
