@@ -51,7 +51,7 @@ class KnownBad:
         return (
             (self.gpu is None or any(self.gpu in gpu.name for gpu in machine.gpus))
             and len(machine.gpus) >= self.least_gpus
-            and (self.driver is None or (machine.driver or "") in SpecifierSet(self.driver))
+            and (self.driver is None or (machine.driver is not None and machine.driver in SpecifierSet(self.driver)))
             and (self.cuda_build is None or self.cuda_build == (machine.torch_cuda is not None))
             and (not self.unset or any(name not in machine.environment for name in self.unset))
             and (self.lacks is None or _lacks(*self.lacks))

@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from typer.testing import CliRunner
 
 from theworld_train.cli.app import app
@@ -86,6 +88,18 @@ def test_several_rtx_40_with_an_old_driver():
 def test_torch_for_cpu_beside_a_driver():
     assert worst(check_combinations(replace(LAPTOP, driver="580.95.05"), ())) == "bad"
     assert worst(check_combinations(LAPTOP, ())) == "ok"
+
+
+def test_a_machine_without_a_driver_has_no_version_to_compare(monkeypatch: pytest.MonkeyPatch):
+    class Strict(SpecifierSet):
+        """As of packaging 24 and 25, which refuse what is no version."""
+
+        def __contains__(self, version: str) -> bool:
+            return super().__contains__(Version(version))
+
+    monkeypatch.setattr(known_bad, "SpecifierSet", Strict)
+    assert worst(check_combinations(LAPTOP, ())) == "ok"
+    assert worst(check_combinations(replace(LAPTOP, driver="580.95.05"), ())) == "bad"
 
 
 def test_a_deepspeed_without_the_mend_matters_to_zero3_alone(monkeypatch: pytest.MonkeyPatch):
