@@ -40,8 +40,9 @@ def component_norms(
     squares = []
     for parameters in components.values():
         parts = [part for part in map(part_of, parameters) if part is not None and part.numel()]
-        # A sum of squares of all numbers would not be exact in fp32; one of the tensors' norms is, in fp64.
-        norms = torch.stack(torch._foreach_norm(parts)) if parts else parameters[0].new_zeros(1)
+        # A sum of squares of all numbers would not be exact in fp32; one of the tensors' norms is, in fp64. Norms of
+        # bf16 weights would be rounded to bf16.
+        norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)) if parts else parameters[0].new_zeros(1)
         squares.append(norms.double().square().sum())
     total = torch.stack(squares)
     if sharded:

@@ -40,6 +40,12 @@ def test_groups_of_a_component_are_one(optimizer: torch.optim.Optimizer):
     assert component_norms({}, lambda each: each, sharded=False) == {}
 
 
+def test_norms_of_bf16_weights_are_not_rounded_to_bf16():
+    weights = nn.Parameter(torch.ones(1000, dtype=torch.bfloat16))
+    norms = component_norms({"world_projector": [weights]}, lambda each: each, sharded=False)
+    assert numbers(norms) == pytest.approx({"world_projector": math.sqrt(1000)}, rel=1e-6)
+
+
 def test_what_has_no_gradient_adds_none(optimizer: torch.optim.Optimizer):
     engine = ReplicatedEngine(nn.Identity(), lambda: optimizer)
     assert numbers(engine.gradient_norms()) == {"vision_tower": 0.0, "world_projector": 0.0}
