@@ -81,9 +81,9 @@ def _offloads() -> list[str]:
 
 
 def _ablations() -> list[str]:
-    from theworld_train.config.schema import ABLATIONS
+    from theworld_train.config.schema import ABLATIONS, FRAME_ABLATIONS
 
-    return list(ABLATIONS)
+    return [*ABLATIONS, *FRAME_ABLATIONS]
 
 
 def _components() -> list[str]:

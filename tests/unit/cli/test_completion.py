@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from theworld_train.accounting.gpus import gpu_specs
 from theworld_train.cli.app import COMMANDS, PROGRAM, app
 from theworld_train.cli.completion import MOST, OPTION_NAMES, config_files
-from theworld_train.config.schema import ABLATIONS, OFFLOADING
+from theworld_train.config.schema import ABLATIONS, FRAME_ABLATIONS, OFFLOADING
 
 
 def offered(*words: str) -> list[str]:
@@ -59,7 +59,7 @@ def test_names_of_options_are_offered_in_lists_with_commas():
     assert offered("plan", "a.yaml", "--gpu", f"{gpus[0]},rtx-4") == [f"{gpus[0]},rtx-4090"]
     assert offered("plan", "a.yaml", "--strategy", "zero") == ["zero1", "zero2", "zero3"]
     assert offered("plan", "a.yaml", "--offload", "") == list(OFFLOADING)
-    assert offered("evaluate", "runs/x", "--ablation", "") == list(ABLATIONS)
+    assert offered("evaluate", "runs/x", "--ablation", "") == [*ABLATIONS, *FRAME_ABLATIONS]
     assert offered("encode", "a.yaml", "--only", "world_e") == ["world_encoder"]
     assert offered("checkpoint", "") == ["list", "verify", "show", "prune"]
 
