@@ -13,11 +13,18 @@ from theworld_train.config.section import NonNegativeFloat, PositiveInt, Section
 TRAIN_METRICS = ("train/loss", "train/grad_norm")
 #: What an evaluation measures, over all samples or by kind of question (`<metric>/<kind>`).
 EVAL_METRICS = tuple(f"eval/{quantity}" for quantity in ("loss", "predicted", "exact", "normalized", "correct"))
+#: Those of them that are of generated answers.
+ANSWER_METRICS = ("eval/exact", "eval/normalized", "eval/correct")
 
 
 def reads_evaluation(metric: str) -> bool:
     """Whether a metric is measured on held-out samples."""
     return metric.startswith("eval/")
+
+
+def reads_answers(metric: str) -> bool:
+    """Whether a metric is of generated answers, over all samples or by kind of question."""
+    return "/".join(metric.split("/")[:2]) in ANSWER_METRICS
 
 
 def kind_of(metric: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from theworld_train.config.components import Component
-from theworld_train.config.gates import AdvanceWhen, StopWhen, reads_evaluation
+from theworld_train.config.gates import AdvanceWhen, StopWhen, reads_answers, reads_evaluation
 from theworld_train.config.section import (
     BelowOne,
     Fraction,
@@ -491,6 +491,10 @@ class RunConfig(Section):
                 continue
             if self.data.eval is None:
                 raise ValueError(f"training.{name} reads {gate.metric}, but there is no data.eval to measure it on")
+            if reads_answers(gate.metric) and self.evaluation.max_new_tokens is None:
+                raise ValueError(
+                    f"training.{name} reads {gate.metric}, which is of generated answers: set evaluation.max_new_tokens"
+                )
             # What holds at the end alone can still have later stages skipped, but cannot end this one.
             if self.evaluation.every_steps is None and name != "stop_when.threshold":
                 raise ValueError(

@@ -429,6 +429,16 @@ def test_a_gate_that_is_measured_at_the_end_alone_cannot_end_a_run(write, the_pr
     load_run_config(write(data + gate.replace("advance_when", "stop_when")))
 
 
+@pytest.mark.parametrize("metric", ["eval/exact", "eval/normalized/digit", "eval/correct"])
+def test_a_gate_that_reads_answers_needs_them_generated(write, the_problem_of, metric):
+    data = "data: {train: {source: jsonl, path: a}, eval: {source: jsonl, path: b}}\n"
+    gate = f"training: {{max_steps: 9, stop_when: {{threshold: {{metric: {metric}, at_least: 1}}}}}}\n"
+    said = f"stop_when.threshold reads {metric}, which is of generated answers: set evaluation.max_new_tokens"
+    assert said in str(the_problem_of(write(data + gate)))
+    load_run_config(write(data + gate + "evaluation: {max_new_tokens: 4}"))
+    load_run_config(write(data + gate.replace(metric, "eval/predicted/digit")))
+
+
 def test_a_gate_of_a_stage_is_stated_once(folder):
     stage = "{config: a, advance_when: {steps: 3}, overrides: {training.advance_when.tokens: 5}}"
     (folder / "p.yaml").write_text(f"name: p\noutput_dir: o\nstages: [{stage}]\n")
