@@ -63,6 +63,7 @@ def _configs(arguments: list[str]) -> tuple[RunConfig, ...]:
     """Loads the run config, or those of a pipeline's stages."""
     from theworld_train.config import (
         ConfigError,
+        Problem,
         config_kind,
         load_pipeline_config,
         load_run_config,
@@ -74,7 +75,11 @@ def _configs(arguments: list[str]) -> tuple[RunConfig, ...]:
         raise ConfigError(f"doctor takes one config or none, got {len(paths)}")
     if not paths:
         return ()
-    if config_kind(paths[0]) == "pipeline":
+    kind = config_kind(paths[0])
+    if kind == "sweep":
+        hint = "name the run config or the pipeline that it varies"
+        raise ConfigError(Problem("is a sweep, of which doctor takes none", source=paths[0], hint=hint))
+    if kind == "pipeline":
         return load_stage_configs(load_pipeline_config(paths[0], overrides), source=paths[0])
     return (load_run_config(paths[0], overrides),)
 

@@ -110,6 +110,14 @@ def test_a_deepspeed_without_the_mend_matters_to_zero3_alone(monkeypatch: pytest
     assert states == ["bad", "bad", "ok", "bad"]
 
 
+def test_a_sweep_is_told_what_to_name_instead(tmp_path: Path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("space: {seed: {values: [1]}}\n")
+    result = CliRunner().invoke(app, ["doctor", str(path)])
+    assert result.exit_code == 2
+    assert "is a sweep, of which doctor takes none; name the run config or the pipeline that it varies" in result.stderr
+
+
 # -- packages -----------------------------------------------------------------------------------------------------
 
 
