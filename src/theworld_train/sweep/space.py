@@ -56,6 +56,13 @@ class Axis:
         assert isinstance(drawn, int | float)
         return int(drawn) if self.whole else float(drawn)
 
+    def stepped(self) -> tuple[object, ...]:
+        """Returns all values of a range that has a step, or of whole numbers."""
+        step = self.step or 1.0
+        number = math.floor((self.high - self.low) / step + 1e-9) + 1
+        # 12 digits are what is left of 0.1 + 0.2.
+        return tuple(self.value_of(float(f"{self.low + index * step:.12g}")) for index in range(number))
+
     def corners(self) -> tuple[object, ...]:
         """Returns the listed values, or the bounds."""
         return self.choices or (self.value_of(self.low), self.value_of(self.high))
@@ -111,13 +118,10 @@ def _axis(key: str, dimension: Dimension, target: Target, *, grid: bool) -> Axis
     axis = Axis(key, None, dimension.min, dimension.max, dimension.log, dimension.step, whole)
     if not grid:
         return axis
-    step = dimension.step or 1.0
-    number = math.floor((axis.high - axis.low) / step + 1e-9) + 1
+    number = math.floor((axis.high - axis.low) / (axis.step or 1.0) + 1e-9) + 1
     if number > MOST_GRID_VALUES:
         return Problem(f"has {number:,} values, and a grid takes at most {MOST_GRID_VALUES:,}", key=key)
-    # 12 digits are what is left of 0.1 + 0.2.
-    values = (float(f"{axis.low + index * step:.12g}") for index in range(number))
-    return Axis(key, tuple(axis.value_of(value) for value in values), whole=whole)
+    return Axis(key, axis.stepped(), whole=whole)
 
 
 def grid_size(axes: Sequence[Axis]) -> int:

@@ -50,9 +50,9 @@ def _parameter(axis: Axis) -> dict[str, Any]:
     if axis.choices is not None:
         # As JSON has them: YAML's safe dumper knows no tuples.
         return {"values": json.loads(json.dumps(axis.choices))}
-    low, high = axis.corners()
     if axis.step is not None:
-        return {"distribution": "q_uniform", "min": low, "max": high, "q": int(axis.step) if axis.whole else axis.step}
+        return {"values": list(axis.stepped())}  # wandb would round to multiples of the step, wherever the range begins
+    low, high = axis.corners()
     if axis.log:
         return {"distribution": "q_log_uniform_values" if axis.whole else "log_uniform_values", "min": low, "max": high}
     return {"distribution": "int_uniform" if axis.whole else "uniform", "min": low, "max": high}

@@ -18,7 +18,7 @@ from theworld_train.sweep.wandb_trials import definition, prepare_trial
 SPACE: dict[str, Any] = {
     "optimizer.lr": {"min": 1e-4, "max": 1e-2, "log": True},
     "optimizer.eps": {"min": 0.1, "max": 0.5, "step": 0.1},
-    "schedule.warmup_steps": {"min": 0, "max": 40, "step": 10},
+    "schedule.warmup_steps": {"min": 5, "max": 40, "step": 10},  # a multiple of 10 is none of its values
     "seed": {"min": 0, "max": 9},
     "training.gradient_clip_norm": {"min": 0.5, "max": 2},
     "optimizer.betas": {"values": [[0.9, 0.95], [0.9, 0.999]]},
@@ -26,7 +26,7 @@ SPACE: dict[str, Any] = {
 GIVEN: dict[str, Any] = {
     "optimizer.lr": 0.003,
     "optimizer.eps": 0.2,
-    "schedule.warmup_steps": 20.0,  # as wandb gives a quantised value
+    "schedule.warmup_steps": 25.0,  # as wandb gives a whole number of some ranges
     "seed": 4,
     "training.gradient_clip_norm": 1.5,
     "optimizer.betas": [0.9, 0.999],
@@ -42,8 +42,8 @@ def test_the_definition_states_the_search(check: Check):
     assert sweep["early_terminate"] == {"type": "hyperband", "min_iter": 1}
     assert sweep["parameters"] == {
         "optimizer.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2},
-        "optimizer.eps": {"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1},
-        "schedule.warmup_steps": {"distribution": "q_uniform", "min": 0, "max": 40, "q": 10},
+        "optimizer.eps": {"values": [0.1, 0.2, 0.3, 0.4, 0.5]},
+        "schedule.warmup_steps": {"values": [5, 15, 25, 35]},
         "seed": {"distribution": "int_uniform", "min": 0, "max": 9},
         "training.gradient_clip_norm": {"distribution": "uniform", "min": 0.5, "max": 2.0},
         "optimizer.betas": {"values": [[0.9, 0.95], [0.9, 0.999]]},
@@ -75,7 +75,7 @@ def test_a_trial_is_frozen_with_the_values_that_it_is_given(
     assert path == tmp_path / "sweep" / "wandb-trials" / "abc123" / "config.yaml"
     config = load_run_config(path)
     assert config.optimizer.lr == 0.003
-    assert config.schedule.warmup_steps == 20
+    assert config.schedule.warmup_steps == 25
     assert config.optimizer.betas == (0.9, 0.999)
     assert config.name == "scripted-abc123"
     assert (config.tracking.trackers, config.tracking.wandb_mode) == (("wandb",), "online")
