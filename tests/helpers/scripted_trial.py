@@ -23,7 +23,7 @@ STEP_S = float(os.environ.get("SCRIPTED_STEP_S", "0.03"))
 #: Seconds that it takes to save and end after SIGTERM.
 SAVE_S = float(os.environ.get("SCRIPTED_SAVE_S", "0"))
 #: Values of `schedule.warmup_steps`, and what they make of a trial.
-WELL, CRASHES, OUT_OF_MEMORY, SLOW, SILENT, STOPPED = range(6)
+WELL, CRASHES, OUT_OF_MEMORY, SLOW, SILENT, STOPPED, UNFINISHED = range(7)
 
 
 def value_at(step: int, rate: float, seed: int) -> float:
@@ -62,6 +62,8 @@ def main() -> None:
             if stops:
                 time.sleep(SAVE_S)
                 raise SystemExit(75)
+        if script == UNFINISHED:
+            return
         (directory / "result.json").write_text(json.dumps({"cuda_visible": os.environ.get("CUDA_VISIBLE_DEVICES")}))
 
 

@@ -102,7 +102,8 @@ def open_inputs(config: RunConfig, *, allow_wrong_rows: bool = False) -> Inputs:
     collator = _check_inputs(config, sources, [*found, *_held_out_problems(held_out)])
     if held_out is not None:
         check_metrics(config, held_out)
-        _check_gates(config, held_out)
+        gates = "training.advance_when, training.stop_when"
+        check_kinds(config, held_out, Gates(config.training).metrics, key=gates)
     order = training_order(config.data.train, train, config.seed, config.training.global_batch_size)
     _check_capacity(config, order, len(train))
     if excluded or check.wrong:
@@ -128,9 +129,22 @@ def _held_out_problems(held_out: Source | None) -> list[Problem]:
     return [] if held_out is None else list(check_rows(held_out, "data.eval", allowed=0).problems)
 
 
-def _check_gates(config: RunConfig, held_out: Source) -> None:
-    """Makes sure that the kinds of question whose metrics gates read are among the samples that are measured."""
-    read = {metric: kind for metric in Gates(config.training).metrics if (kind := kind_of(metric))}
+def check_kinds(
+    config: RunConfig, held_out: Source, metrics: Sequence[str], *, key: str, source: str | None = None
+) -> None:
+    """Makes sure that the kinds of question that metrics are about are among the samples that are measured.
+
+    Args:
+        config: Says how many samples are measured.
+        held_out: The held-out samples.
+        metrics: Metrics that are read; those over all samples are about no kind.
+        key: What reads them, for problems.
+        source: The file that says so.
+
+    Raises:
+        ConfigError: With every metric whose kind is not among them.
+    """
+    read = {metric: kind for metric in metrics if (kind := kind_of(metric))}
     if not read:
         return
     measured = min(len(held_out), config.evaluation.max_samples or len(held_out))
@@ -142,7 +156,8 @@ def _check_gates(config: RunConfig, held_out: Source) -> None:
     problems = [
         Problem(
             f"reads {metric}, but no held-out sample is of the kind {kind!r}",
-            key="training.advance_when, training.stop_when",
+            source=source,
+            key=key,
             hint=did_you_mean(kind, kinds),
         )
         for metric, kind in read.items()

@@ -107,11 +107,12 @@ def _run(path: Path, overrides: Sequence[str], *, resume: bool, worker: bool) ->
     from theworld_train.sweep.controller import Controller, only_worker, workers_of
     from theworld_train.sweep.summary import counts
 
-    found = _frozen(path, overrides) if resume else _begun(path, overrides)
+    found = _frozen(path, overrides, launches=True) if resume else _begun(path, overrides)
     if worker:
         _check_shared(found.sweep)
     if resume:
         _check_at_hand(found.target.resolve({}, found.sweep.name, str(path), str(path)).runs, str(path))
+        _check_metric_kind(found, str(path))
     settings = found.sweep.workers
     workers = [only_worker(settings)] if worker else workers_of(settings)
     study = _study(found)
@@ -145,18 +146,19 @@ def _begun(path: Path, overrides: Sequence[str]) -> Checked:
     from theworld_train.sweep.opening import begin, checked
 
     sweep = _loaded(path, overrides)
-    with checked(sweep, str(path)) as (_, base):
+    with checked(sweep, str(path)) as (found, base):
         _check_at_hand(base.runs, str(path))
+        _check_metric_kind(found, str(path))
     return begin(sweep, str(path))
 
 
-def _frozen(path: Path, overrides: Sequence[str]) -> Checked:
+def _frozen(path: Path, overrides: Sequence[str], *, launches: bool) -> Checked:
     """Opens the sweep of a directory, or of the file that says which directory it is."""
     from theworld_train.sweep.opening import go_on
 
     if path.is_file():
         path = Path(_loaded(path, ()).output_dir)
-    return go_on(path, overrides)
+    return go_on(path, overrides, launches=launches)
 
 
 def _loaded(path: Path, overrides: Sequence[str]) -> SweepConfig:
@@ -177,6 +179,24 @@ def _check_at_hand(runs: Sequence[RunConfig], source: str) -> None:
     absent = [problem for run in runs for problem in hub.ensure_local(run, lock, source)]
     if absent:
         raise ConfigError(list(dict.fromkeys(absent)))
+
+
+def _check_metric_kind(found: Checked, source: str) -> None:
+    """Refuses a metric of a kind of question that no held-out sample is of, unless what is measured is varied."""
+    from theworld_train.config.gates import kind_of
+
+    varies = any(key.split(".")[0] in ("data", "evaluation") for key in found.varied)
+    if kind_of(found.sweep.metric) is None or varies:
+        return
+    from theworld_train.cli.ranks import offline
+
+    offline()
+    from theworld_train.assemble.inputs import check_kinds
+    from theworld_train.data import open_source
+
+    assert found.run.data.eval is not None
+    held_out = open_source(found.run.data.eval, found.run.data.world)
+    check_kinds(found.run, held_out, (found.sweep.metric,), key="metric", source=source)
 
 
 def _check_shared(sweep: SweepConfig) -> None:
@@ -224,12 +244,12 @@ def _fits(sweep: SweepConfig, path: Path) -> Fits | None:
 
 def _show(path: Path, overrides: Sequence[str], *, best: bool, as_json: bool) -> None:
     """Prints the trials of a sweep, or the best of them."""
-    from theworld_train.sweep.summary import summarise
+    from theworld_train.sweep.summary import summary_of
 
     if overrides:
         raise ConfigError(Problem("takes no overrides", key="status" if not best else "best", value=overrides[0]))
-    found = _frozen(path, ())
-    summary = summarise(found.sweep, _study(found))
+    found = _frozen(path, (), launches=False)
+    summary = summary_of(found.sweep, _study(found))
     if best and summary["best"] is None:
         raise ConfigError(Problem("no trial is complete yet", source=str(found.directory)))
     if as_json:

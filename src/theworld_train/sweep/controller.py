@@ -21,7 +21,7 @@ from theworld_train.sweep.launching import LOG_TAIL_LINES, Launch, State, ending
 from theworld_train.sweep.lock import sweep_lock
 from theworld_train.sweep.metric import METRICS_FILE, MetricReader, final_value, report_interval
 from theworld_train.sweep.study import EXIT_CODE, LAUNCHES, LOG_TAIL, REASON, STATE, Claim, Orphan, Study
-from theworld_train.sweep.summary import Row, summarise, words, write_summary
+from theworld_train.sweep.summary import Row, summarise, summary_of, words, write_summary
 from theworld_train.sweep.target import CONFIG_FILE, Target, Values, run_directories
 
 #: Seconds between two looks at the trials.
@@ -211,7 +211,8 @@ class Controller:
         launch = start(command, self._workers[worker].environment(), path / LOG_FILE, claim.lock.file)
         reader = MetricReader(next(iter(self._places(path))) / METRICS_FILE, self._sweep.metric)
         reported = max(self._study.reported(trial), default=0)
-        interval = report_interval(self._sweep.metric, runs[-1])
+        measured = next((run for run in runs if run.name == self._sweep.stage), runs[-1])
+        interval = report_interval(self._sweep.metric, measured)
         self._busy[worker] = Running(claim, launch, reader, interval, reported)
         verb = "begins" if launches == 0 else "goes on"
         where = f" on GPUs {self._workers[worker].gpus}" if self._workers[worker].gpus else ""
@@ -319,6 +320,8 @@ class Controller:
 
     def _value(self, path: Path) -> tuple[float | None, str | None]:
         """Returns the value that a trial has come to, or why it has none."""
+        if self._sweep.kind == "run" and not (path / RUN / RESULT_FILE).is_file():
+            return None, f"its process ended with exit code 0, but without {RESULT_FILE}"
         places = self._places(path)
         found = [place for place in places if (place / METRICS_FILE).is_file()] or places
         return final_value(MetricReader(found[0] / METRICS_FILE, self._sweep.metric))
@@ -344,11 +347,11 @@ class Controller:
     def _write(self) -> None:
         self._study.importance()  # kept from here on: it takes a while, and others wait for the lock
         with sweep_lock(self._study.directory):  # or an older summary might replace another worker's newer one
-            write_summary(self.summary(), self._study.directory)
+            write_summary(summarise(self._sweep, self._study), self._study.directory)
 
     def summary(self) -> Row:
         """Returns what the sweep has come to."""
-        return summarise(self._sweep, self._study)
+        return summary_of(self._sweep, self._study)
 
     # -- stopping -----------------------------------------------------------------------------------------------------
 

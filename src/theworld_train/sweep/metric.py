@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from theworld_train.config.errors import Problem, did_you_mean
+from theworld_train.config.gates import reads_answers
 from theworld_train.config.schema import RunConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -34,12 +36,19 @@ EVAL_FAMILIES = (
     "eval/normalized/",
     "eval/correct/",
 )
+_ANSWERS = "evaluation.max_new_tokens"
 #: Most values of a metric of steps that a trial reports on its way.
 MOST_REPORTED = 100
 
 
-def metric_problem(metric: str, config: RunConfig) -> Problem | None:
-    """Says why a run never writes a metric, if it does not."""
+def metric_problem(metric: str, config: RunConfig, varied: Collection[str] = ()) -> Problem | None:
+    """Says why a run never writes a metric, if it does not.
+
+    Args:
+        metric: The metric.
+        config: The run, without what is varied.
+        varied: Dotted keys of the run that are varied.
+    """
     if metric in STEP_METRICS:
         return None
     known = metric in EVAL_METRICS or any(metric.startswith(family) and metric != family for family in EVAL_FAMILIES)
@@ -49,6 +58,10 @@ def metric_problem(metric: str, config: RunConfig) -> Problem | None:
     if config.data.eval is None:
         message = f"{config.name} never measures it, as it has no data.eval"
         return Problem(message, key="metric", value=metric, hint="state data.eval, or take train/loss")
+    generates = config.evaluation.max_new_tokens is not None or {"evaluation", _ANSWERS} & {*varied}
+    if reads_answers(metric) and not generates:
+        message = f"{config.name} never measures it, as it generates no answers"
+        return Problem(message, key="metric", value=metric, hint=f"set {_ANSWERS}")
     return None
 
 

@@ -51,6 +51,7 @@ class Checked:
         axes: The keys that are varied.
         wanted: Number of trials.
         run: The run config that the metric belongs to.
+        varied: Dotted keys of that run that are varied.
     """
 
     sweep: SweepConfig
@@ -58,6 +59,7 @@ class Checked:
     axes: tuple[Axis, ...]
     wanted: int
     run: RunConfig
+    varied: tuple[str, ...]
 
     @property
     def directory(self) -> Path:
@@ -82,7 +84,9 @@ def checked(sweep: SweepConfig, source: str) -> Generator[tuple[Checked, Resolve
     base = resolve_base(sweep, source)
     with tempfile.TemporaryDirectory(prefix="theworld-sweep-") as directory:
         base.write(Path(directory))
-        yield _check(sweep, target_in(Path(directory), sweep.kind), base.runs, source), base
+        found = _check(sweep, target_in(Path(directory), sweep.kind), base.runs, source)
+        _check_trials(found, source)
+        yield found, base
 
 
 def _check(sweep: SweepConfig, target: Target, runs: Sequence[RunConfig], source: str) -> Checked:
@@ -97,20 +101,28 @@ def _check(sweep: SweepConfig, target: Target, runs: Sequence[RunConfig], source
             hint = did_you_mean(sweep.stage, names)
             raise ConfigError(Problem("no such stage", source=source, key="stage", value=sweep.stage, hint=hint))
         run = runs[names.index(sweep.stage)]
-    problem = metric_problem(sweep.metric, run)
+    stage = None if target.stages is None else run.name
+    located = [target.locate(axis.key) for axis in axes]
+    varied = tuple(key for of, key in located if of == stage)
+    problem = metric_problem(sweep.metric, run, varied)
     wanted = sweep.trials
     if sweep.search == "grid":
         points = grid_size(axes)
         wanted = points if wanted is None else wanted
         if wanted > points:
             problem = problem or Problem(f"the grid has {points} points", key="trials", value=wanted)
-    if sweep.launcher and shutil.which(sweep.launcher[0]) is None:
-        problem = problem or Problem("no such program", key="launcher", value=sweep.launcher[0])
     if problem is not None:
         raise ConfigError(replace(problem, source=source))
-    check_points(axes, target, source)
     assert wanted is not None
-    return Checked(sweep, target, axes, wanted, run)
+    return Checked(sweep, target, axes, wanted, run, varied)
+
+
+def _check_trials(found: Checked, source: str) -> None:
+    """Checks that the trials of a sweep can be launched here, and that its points make configs."""
+    launcher = found.sweep.launcher
+    if launcher and shutil.which(launcher[0]) is None:
+        raise ConfigError(Problem("no such program", source=source, key="launcher", value=launcher[0]))
+    check_points(found.axes, found.target, source)
 
 
 def begin(sweep: SweepConfig, source: str) -> Checked:
@@ -141,12 +153,13 @@ def begin(sweep: SweepConfig, source: str) -> Checked:
     return replace(found, target=target_in(directory / BASE, sweep.kind))
 
 
-def go_on(directory: Path, overrides: Overrides = ()) -> Checked:
+def go_on(directory: Path, overrides: Overrides = (), *, launches: bool = True) -> Checked:
     """Returns a sweep as its directory has frozen it.
 
     Args:
         directory: The sweep's directory.
         overrides: What changes, of the keys that may.
+        launches: Whether trials are to be launched, so that there has to be what launches them.
 
     Raises:
         ConfigError: If the directory holds no sweep, or an override is wrong or may not be.
@@ -164,6 +177,8 @@ def go_on(directory: Path, overrides: Overrides = ()) -> Checked:
     target = target_in(directory / BASE, sweep.kind)
     runs = target.resolve({}, sweep.name, str(directory), str(path)).runs
     found = _check(sweep, target, runs, str(path))
+    if launches:
+        _check_trials(found, str(path))
     if sweep != frozen:
         with sweep_lock(directory):
             _freeze(sweep, directory)

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial
 
 from theworld_train.config.sweep import Dimension, SweepConfig
 from theworld_train.sweep.launching import State
+from theworld_train.sweep.lock import sweep_lock
 from theworld_train.sweep.study import EXIT_CODE, LAUNCHES, LOG_TAIL, REASON, Study
 from theworld_train.sweep.target import BASE, CONFIG_FILE, TRIALS
 
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 
 
 def summarise(sweep: SweepConfig, study: Study) -> Row:
-    """Returns all that is known of a sweep, ready for JSON."""
+    """Returns all that is known of a sweep, ready for JSON; the caller holds its lock."""
     best = study.best()
     return {
         "format": FORMAT,
@@ -44,6 +45,13 @@ def summarise(sweep: SweepConfig, study: Study) -> Row:
         "best": None if best is None else best.number,
         "importance": study.importance(),
     }
+
+
+def summary_of(sweep: SweepConfig, study: Study) -> Row:
+    """Returns all that is known of a sweep while nobody takes a trial: a look at its lock would be in the way."""
+    study.importance()  # kept from here on: it takes a while, and others wait for the lock
+    with sweep_lock(study.directory):
+        return summarise(sweep, study)
 
 
 def write_summary(summary: Row, directory: Path) -> None:

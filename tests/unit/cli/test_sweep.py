@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,9 @@ import yaml
 
 from tests.helpers.scripted_trial import CRASHES, WELL
 from tests.helpers.sweeps import write_sweep
+from theworld_train.config import load_sweep_config
+from theworld_train.sweep.opening import begin
+from theworld_train.sweep.study import Claim, Study
 
 Call = Callable[..., tuple[int, str, str]]
 SCRIPTS = {"schedule.warmup_steps": {"values": [WELL, CRASHES]}}
@@ -48,6 +52,60 @@ def test_a_sweep_from_its_beginning_to_its_best(swept: Path, call: Call):
     assert code == 0
     assert "begins" not in out
     assert json.loads(call("sweep", "status", "sweep", "--json")[1]) == before
+
+
+def test_a_sweep_is_looked_at_where_its_launcher_is_not(swept: Path, call: Call):
+    assert call("sweep", "run", str(swept))[0] == 0
+    frozen = Path("sweep/sweep.yaml")
+    frozen.write_text(yaml.safe_dump(yaml.safe_load(frozen.read_text()) | {"launcher": ["no-such-program"]}))
+    assert call("sweep", "status", "sweep")[0] == 0
+    assert call("sweep", "best", "sweep")[0] == 0
+    code, _, err = call("sweep", "resume", "sweep")
+    assert code == 2
+    assert "launcher: no such program" in err
+
+
+def test_no_trial_is_taken_while_the_trials_are_looked_at(swept: Path, call: Call, monkeypatch: pytest.MonkeyPatch):
+    """A look at a trial's lock shares it for a moment, in which nobody could take it."""
+    found = begin(load_sweep_config(swept), str(swept))
+    claim = Study(found.sweep, found.directory, found.axes, found.wanted, found.run).claim()
+    assert isinstance(claim, Claim)
+    claim.lock.release()
+    free = []
+
+    def is_held(_: Path) -> bool:
+        with Path("sweep/.sweep.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(True)
+            except BlockingIOError:
+                free.append(False)
+        return False
+
+    monkeypatch.setattr("theworld_train.sweep.study.is_held", is_held)
+    assert call("sweep", "status", "sweep")[0] == 0
+    assert call("sweep", "run", str(swept))[0] == 0
+    assert free
+    assert not any(free)
+
+
+def rows(path: str, *kinds: str) -> None:
+    turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "3"}]
+    Path(path).write_text("".join(json.dumps({"messages": turns, "kind": kind}) + "\n" for kind in kinds))
+
+
+def test_a_metric_of_a_kind_that_no_sample_is_of_is_refused(swept: Path, call: Call):
+    rows("eval.jsonl", "digit", "direction")
+    code, _, err = call("sweep", "run", str(swept), "metric=eval/loss/digits")
+    assert code == 2
+    said = " ".join(err.split())
+    assert (
+        "metric: reads eval/loss/digits, but no held-out sample is of the kind 'digits'; did you mean 'digit'?" in said
+    )
+    assert not Path("sweep").exists()
+    code, out, _ = call("sweep", "run", str(swept), "metric=eval/loss/digit")
+    assert code == 1
+    assert "the run wrote no eval/loss/digit" in out, "it was launched"
 
 
 def test_a_sweep_without_a_complete_trial_fails(swept: Path, call: Call):

@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 from tests.helpers import scripted_trial
-from tests.helpers.scripted_trial import CRASHES, OUT_OF_MEMORY, SILENT, SLOW, STEPS, STOPPED, WELL, value_at
+from tests.helpers.scripted_trial import (
+    CRASHES,
+    OUT_OF_MEMORY,
+    SILENT,
+    SLOW,
+    STEPS,
+    STOPPED,
+    UNFINISHED,
+    WELL,
+    value_at,
+)
 from tests.helpers.sweeps import LAUNCHER, NO_PLAN, TOO_LARGE, controller_of, write_sweep
 from theworld_train.config import ConfigError, load_run_config, load_sweep_config
 from theworld_train.config.schema import RunConfig
@@ -37,7 +47,9 @@ def of_scripts(controller: Controller) -> dict[int, dict[str, Any]]:
 
 
 def test_every_end_is_a_result_of_the_trial_alone(tmp_path: Path):
-    path = write_sweep(tmp_path, space=scripts(WELL, CRASHES, OUT_OF_MEMORY, SILENT, SLOW, STOPPED), timeout_s=3)
+    path = write_sweep(
+        tmp_path, space=scripts(WELL, CRASHES, OUT_OF_MEMORY, SILENT, SLOW, STOPPED, UNFINISHED), timeout_s=3
+    )
     said: list[str] = []
     controller = controller_of(path, ALONE * 3, said)
     assert controller.run() is None
@@ -47,11 +59,14 @@ def test_every_end_is_a_result_of_the_trial_alone(tmp_path: Path):
         CRASHES: "failed",
         OUT_OF_MEMORY: "out_of_memory",
         SILENT: "failed",
+        UNFINISHED: "failed",
         SLOW: "timed_out",
         STOPPED: "interrupted",  # somebody's signal is no fault of the point: the next command goes on with it
     }
     assert trials[OUT_OF_MEMORY]["reason"].startswith("torch.OutOfMemoryError: CUDA out of memory")
     assert trials[SILENT]["reason"] == "the run wrote no eval/loss; did you mean 'train/loss'?"
+    assert trials[UNFINISHED]["reason"] == "its process ended with exit code 0, but without result.json"
+    assert trials[UNFINISHED]["value"] is None
     assert trials[SLOW]["reason"] == "took longer than 3 s"
     assert len(trials[SLOW]["intermediate"]) >= 1
     assert trials[WELL]["intermediate"] == [[s, value_at(s, 1e-4, 0)] for s in range(1, STEPS + 1)]
@@ -175,6 +190,19 @@ def test_the_plan_is_asked_with_the_processes_of_each_stage(
     controller.run()
     assert asked == [("two", 16)], "nobody knows what srun starts"
     assert controller.summary()["trials"][0]["reason"] == "two: too large"
+
+
+def test_values_are_reported_as_often_as_the_stage_of_the_metric_asks(
+    tmp_path: Path, chain: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    def interval(_metric: str, run: RunConfig) -> int:
+        raise RuntimeError(run.name)
+
+    monkeypatch.setattr("theworld_train.sweep.controller.start", lambda *_: None)
+    monkeypatch.setattr("theworld_train.sweep.controller.report_interval", interval)
+    path = write_sweep(tmp_path, space={"stages.one.seed": {"values": [1]}}, stage="one", **chain)
+    with pytest.raises(RuntimeError, match=r"^one$"):
+        controller_of(path, ALONE).run()
 
 
 def test_each_worker_has_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -90,6 +90,17 @@ def test_a_metric_has_to_be_one_that_the_run_writes(check: Check):
     assert check(space=lr, overrides={"data.eval": None}, metric="train/loss")
 
 
+def test_a_metric_of_answers_needs_them_generated(check: Check, chain: dict[str, Any]):
+    lr, longest = {"optimizer.lr": {"values": [1, 2]}}, {"evaluation.max_new_tokens": {"values": [2, 4]}}
+    said = "metric: base never measures it, as it generates no answers (got 'eval/correct/digit')"
+    assert said in refusal(check, lr, metric="eval/correct/digit")
+    assert check(space=longest, metric="eval/correct/digit")
+    assert check(space=lr, metric="eval/correct/digit", overrides={"evaluation.max_new_tokens": 4})
+    of_stage = {"stages.one.evaluation.max_new_tokens": {"values": [2, 4]}}
+    assert check(space=of_stage, metric="eval/exact", stage="one", **chain)
+    assert "two never measures it" in refusal(check, of_stage, metric="eval/exact", stage="two", **chain)
+
+
 def test_a_grid_has_no_more_trials_than_points(check: Check):
     assert "trials: the grid has 2 points (got 3)" in refusal(check, {"optimizer.lr": {"values": [1, 2]}}, trials=3)
     assert "launcher: no such program" in refusal(check, {"seed": {"values": [1]}}, launcher=["no-such-program"])
