@@ -370,7 +370,7 @@ def dry_run(
     model = build_on_meta(architecture)
     add_adapters(model, config)
     with ExitStack() as stack:
-        stack.enter_context(KnowingFakeMode())
+        stack.enter_context(KnowingFakeMode(size, shape.positions))
         materialise(model, torch.bfloat16)
         if device == "cuda":
             stack.enter_context(cuda_semantics())

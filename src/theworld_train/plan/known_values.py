@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from theworld_train.plan.remembering import RememberingFakeMode
 
-#: Elements of the largest tensor whose values are followed: ids and masks of a batch, no masks over pairs of positions.
+#: Elements of the largest tensor whose values are followed in any case; masks over pairs of positions are larger.
 LARGEST_KNOWN = 2**18
 
 _ATEN = torch.ops.aten
@@ -28,9 +28,15 @@ class KnowingFakeMode(RememberingFakeMode):
     no branch of a step may depend on.
     """
 
-    def __init__(self) -> None:
-        """Real tensors are taken in as fake ones."""
+    def __init__(self, rows: int = 0, positions: int = 0) -> None:
+        """Real tensors are taken in as fake ones.
+
+        Args:
+            rows: Rows of a batch, whose ids and masks are followed however large it is.
+            positions: Positions of a row; layouts of attention pad it by one.
+        """
         super().__init__(allow_non_fake_inputs=True)
+        self._largest = max(LARGEST_KNOWN, rows * (positions + 1))
 
     def __torch_dispatch__(
         self,
@@ -56,7 +62,7 @@ class KnowingFakeMode(RememberingFakeMode):
         if isinstance(result, FakeTensor) and result.dtype.is_floating_point:
             return
         results = [leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, FakeTensor)]
-        if not results or any(leaf.numel() > LARGEST_KNOWN or leaf.is_floating_point() for leaf in results):
+        if not results or any(leaf.numel() > self._largest or leaf.is_floating_point() for leaf in results):
             return
         if torch.Tag.nondeterministic_seeded in func.tags:
             return

@@ -82,6 +82,11 @@ def test_constants_keep_their_values():
         assert [torch.tensor(value).item() for value in (1, 2)] == [1, 2]
 
 
+def test_a_dry_run_knows_the_ids_of_a_batch_of_any_size(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("theworld_train.plan.known_values.LARGEST_KNOWN", 1)
+    assert dry_run(run_config(), architecture=architecture(), steps=1).trace.events
+
+
 def test_a_dry_run_sees_what_it_sees_without(monkeypatch: pytest.MonkeyPatch):
     def births() -> list[tuple[int, str, int]]:
         run = dry_run(run_config(), architecture=architecture(), steps=1)
