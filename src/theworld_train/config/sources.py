@@ -432,4 +432,6 @@ def _lacks(source: SourceSection, world: WorldFrames, key: str) -> str | None:
             f"{asked} needs {side} frames, and {key}.present of {source.present:g} makes the {where} frame of each "
             "clip the present"
         )
+    if world.taken(source.max_video_frames) == 1:
+        return f"{asked} takes more than one frame, and {key}.max_video_frames is 1: set it, or data.world.steps"
     return None

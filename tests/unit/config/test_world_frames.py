@@ -9,9 +9,11 @@ import pytest
 from theworld_train.config import Problem
 from theworld_train.config.sources import (
     ClipsSource,
+    HubSource,
     JsonlSource,
     MixtureSource,
     MovingDigitsSource,
+    WebDatasetSource,
     WorldFrames,
     frames_of,
     frames_problem,
@@ -132,6 +134,23 @@ def test_frames_of_a_block(world: WorldFrames, jsonl: int, moving: int):
     parts = {"a": {"data": JSONL.model_dump()}, "b": {"data": MOVING.model_dump()}}
     mixture = MixtureSource.model_validate({"source": "mixture", "parts": parts})
     assert frames_of(mixture, world) == max(jsonl, moving)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        HubSource(source="hub", id="owner/name", present=0.5),
+        WebDatasetSource(source="webdataset", path="shards", present=0.5),
+    ],
+    ids=lambda source: source.source,
+)
+def test_a_source_of_one_frame_a_clip_has_no_future(source: HubSource | WebDatasetSource):
+    problem = frames_problem(source, WorldFrames(frames="future"), "data.train")
+    assert "data.train.max_video_frames is 1: set it, or data.world.steps" in (problem or "")
+    assert frames_problem(source, WorldFrames(frames="future", steps=1), "data.train") is None
+    assert frames_problem(source, WorldFrames(frames="future", steps=0), "data.train") is None
+    longer = source.model_copy(update={"max_video_frames": 5})
+    assert frames_problem(longer, WorldFrames(frames="future"), "data.train") is None
 
 
 def test_a_mixture_needs_one_part_that_has_the_frames():
