@@ -54,15 +54,16 @@ def evaluate(
         offline()
         from theworld_train.assemble.run import load_run
         from theworld_train.evaluate.ablations import run_ablations
-        from theworld_train.evaluate.moments import fitting_ablations
 
         config, path = load_run(Path(paths[0]), overrides)
-        measured = run_ablations(path, chosen or fitting_ablations(config), overrides)
+        measured = run_ablations(path, chosen, overrides)
     if is_main_rank():
         from theworld_train.cli.tables import ablation_table, output
 
         found = measured.to_dict()
         output().print(ablation_table({f"{config.name}/{path.name}": found["ablations"]}))
+        for name, reason in measured.left_out.items():
+            output().print(f"{name} is not measured: {reason}", highlight=False, markup=False, soft_wrap=True)
         if json_file is not None:
             _write_json(json_file, found)
 

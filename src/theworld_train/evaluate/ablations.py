@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from theworld_train.config.schema import (
     RunConfig,
 )
 from theworld_train.data import Collator, EvaluationBatch
-from theworld_train.evaluate.moments import shuffled
+from theworld_train.evaluate.moments import fitting_ablations, lacks_order, shuffled
 from theworld_train.model import TheWorldForConditionalGeneration
 from theworld_train.train.evaluation import DEFAULT_METRIC, EvaluationResult, EvaluationTally, Evaluator, in_step
 from theworld_train.train.runtime import Runtime
@@ -59,11 +59,13 @@ class Measurement:
         config: The config of its run, as it was measured.
         checkpoint: The checkpoint.
         results: The result of each variant.
+        left_out: Of variants that nobody named, and that the held-out samples do not allow, why not.
     """
 
     config: RunConfig
     checkpoint: Path
     results: dict[Ablation, EvaluationResult]
+    left_out: dict[Ablation, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the measurement as JSON-ready values; decision 15 tells the format."""
@@ -91,12 +93,12 @@ class Measurement:
         }
 
 
-def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Sequence[str] = ()) -> Measurement:
+def run_ablations(checkpoint: Path, ablations: Sequence[Ablation] = (), overrides: Sequence[str] = ()) -> Measurement:
     """Measures a checkpoint on its run's held-out split.
 
     Args:
         checkpoint: A checkpoint, or a run directory, whose newest one is taken.
-        ablations: Variants to measure.
+        ablations: Variants to measure; all that the run and its data have if empty.
         overrides: `key=value` texts for the run's config, such as `data.eval.path=other.jsonl`.
 
     Raises:
@@ -107,17 +109,25 @@ def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Se
         raise ConfigError(Problem("the run has no held-out split", source=str(path), key="data.eval"))
     if not config.model.world.enabled and (unfit := sorted(set(ablations) - set(WORLDLESS_ABLATIONS))):
         raise ConfigError(f"{path} has no world path, so there is nothing to take away for {', '.join(unfit)}")
+    if "frames_shuffled" in ablations and (reason := lacks_order(config)):
+        raise ConfigError(Problem(reason, key="--ablation", value="frames_shuffled"))
     inputs = _open(config)
-    choices = {ablation: FRAME_ABLATIONS.get(ablation) for ablation in ablations}
-    configs = {ablation: with_frames(config, choice) for ablation, choice in choices.items() if choice is not None}
-    reframed = {ablation: (changed, _open(changed)) for ablation, changed in configs.items()}
+    named, left_out = bool(ablations), dict[Ablation, str]()
+    ablations = ablations or fitting_ablations(config)
+    reframed: dict[Ablation, tuple[RunConfig, EvaluationInputs]] = {}
+    for ablation in ablations:
+        if (choice := FRAME_ABLATIONS.get(ablation)) is not None:
+            with _unless_left_out(ablation, None if named else left_out):
+                changed = with_frames(config, choice)
+                reframed[ablation] = changed, _open(changed)
     with Runtime(config) as runtime:
         model = load_model(config, (), path).model
         inputs = _knowing_rollouts(config, inputs, model)
-        reframed = {
-            ablation: (changed, _knowing_rollouts(changed, others, model))
-            for ablation, (changed, others) in reframed.items()
-        }
+        for ablation, (changed, others) in reframed.items():
+            with _unless_left_out(ablation, None if named else left_out):
+                reframed[ablation] = changed, _knowing_rollouts(changed, others, model)
+        ablations = [ablation for ablation in ablations if ablation not in left_out]
+        reframed = {ablation: opened for ablation, opened in reframed.items() if ablation not in left_out}
         stage = StageModule(
             model,
             (),
@@ -126,7 +136,28 @@ def run_ablations(checkpoint: Path, ablations: Sequence[Ablation], overrides: Se
             gradient_checkpointing=GradientCheckpointing.everywhere("none"),
         )
         move(model, runtime.device)
-        return Measurement(config, path, _measure(config, inputs, stage, runtime, ablations, reframed))
+        results = _measure(config, inputs, stage, runtime, ablations, reframed)
+        return Measurement(config, path, results, left_out)
+
+
+@contextmanager
+def _unless_left_out(ablation: Ablation, left_out: dict[Ablation, str] | None) -> Generator[None]:
+    """Opens what an ablation measures; if that fails, notes why where left_out is given.
+
+    Raises:
+        ConfigError: Naming the ablation, if it was asked for.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if left_out is None:
+            raise ConfigError(
+                [
+                    problem if problem.key == "--ablation" else Problem(str(problem), key="--ablation", value=ablation)
+                    for problem in error.problems
+                ]
+            ) from error
+        left_out[ablation] = str(error)
 
 
 def _open(config: RunConfig) -> EvaluationInputs:

@@ -27,7 +27,7 @@ def fitting_ablations(config: RunConfig) -> list[Ablation]:
     fitting: list[Ablation] = []
     for ablation, choice in FRAME_ABLATIONS.items():
         if choice is None:
-            changes = own > 0
+            changes = own > 0 and lacks_order(config) is None
         elif choice == config.data.world.frames:
             changes = False
         else:
@@ -42,10 +42,19 @@ def fitting_ablations(config: RunConfig) -> list[Ablation]:
     return [*ABLATIONS, *fitting]
 
 
+def lacks_order(config: RunConfig) -> str | None:
+    """Returns why the later frames of a run's rollouts have no other order; None if they have, or none are read."""
+    world = config.data.world
+    if world.frames != "rollout" or world.steps != 1:
+        return None
+    return "data.world.steps of 1 holds one generated latent frame besides the present, which has no other order"
+
+
 def shuffled(stage: StageModule, batch: Batch, features: Features) -> Features:
     """Returns the features of a batch whose world blocks hold their frames in another order, but for the present.
 
-    The order depends on the sample alone. Pixels are shuffled, and encoded anew; where there are none, latent frames.
+    The order depends on the sample alone, and is never the given one if there is another. Pixels are shuffled, and
+    encoded anew; where there are none, latent frames.
 
     Args:
         stage: Encodes the frames.
@@ -72,6 +81,9 @@ def _order(counts: tuple[int, ...] | list[int], presents: list[int], keys: list[
     order: list[int] = []
     for count, present, key, first in zip(counts, presents, keys, [0, *accumulate(counts)], strict=False):
         others = [frame for frame in range(count) if frame != present]
-        drawn = np.random.default_rng(zlib.crc32(key.encode())).permutation(others).tolist()
+        generator = np.random.default_rng(zlib.crc32(key.encode()))
+        drawn = generator.permutation(others).tolist()
+        while drawn == others and len(others) > 1:
+            drawn = generator.permutation(others).tolist()
         order += [first + frame for frame in (*drawn[:present], present, *drawn[present:])]
     return torch.tensor(order)

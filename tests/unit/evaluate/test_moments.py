@@ -23,9 +23,10 @@ from theworld_train.batch import ROLLOUT
 from theworld_train.cli.app import app
 from theworld_train.config import load_run_config, parse_run_config
 from theworld_train.config.components import Component
-from theworld_train.config.errors import ConfigError
+from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import ABLATIONS, RunConfig
 from theworld_train.encoded_files import ShardWriter, frames_digest
+from theworld_train.evaluate import ablations
 from theworld_train.evaluate.ablations import run_ablations
 from theworld_train.evaluate.moments import _order, fitting_ablations, with_frames
 
@@ -172,6 +173,10 @@ def clips(**fields: Any) -> dict[str, Any]:
         ({"data": data(frames="future", steps=1)}, ["frames_image", "frames_history", "frames_shuffled"]),
         ({"data": data(frames="image")}, ["frames_history", "frames_future"]),
         ({"data": data(frames="history", steps=0)}, ["frames_future"]),
+        (
+            {"data": data(frames="rollout", steps=1) | {"encoded": "x"}},
+            ["frames_image", "frames_history", "frames_future"],
+        ),
         ({"data": images()}, []),
         ({"data": clips()}, ["frames_image", "frames_shuffled"]),
         ({"data": clips(present=0.5)}, ["frames_image", "frames_future", "frames_shuffled"]),
@@ -224,6 +229,44 @@ def test_the_command_says_what_cannot_be_measured(trained: Path, name: str, word
     result = CliRunner().invoke(app, ["evaluate", str(trained), "--ablation", name])
     assert result.exit_code == 2
     assert all(word in " ".join(result.stderr.split()) for word in words)
+
+
+def test_one_generated_frame_has_no_other_order(trained: Path, tmp_path: Path):
+    world = ["data.world={frames: rollout, steps: 1}", f"data.encoded={tmp_path}"]
+    with pytest.raises(ConfigError, match=r"--ablation: data.world.steps of 1 holds one generated latent frame"):
+        run_ablations(trained, ["frames_shuffled"], world)
+
+
+def test_variants_that_cannot_be_opened_are_left_out_unless_they_are_named(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As when the clips have no 8 frames before the present."""
+    opened = ablations.open_evaluation_inputs
+
+    def short(config: RunConfig) -> Any:
+        if config.data.world.frames == "history":
+            raise ConfigError(Problem("none of 6 samples can be read", key="data"))
+        return opened(config)
+
+    monkeypatch.setattr(ablations, "open_evaluation_inputs", short)
+    monkeypatch.setattr(ablations, "fitting_ablations", lambda config: ["as_trained", "frames_history"])
+    measured = run_ablations(trained)
+    assert list(measured.results) == ["as_trained"]
+    assert measured.left_out == {"frames_history": "data: none of 6 samples can be read"}
+    result = CliRunner().invoke(app, ["evaluate", str(trained)])
+    assert result.exit_code == 0
+    assert "frames_history is not measured: data: none of 6 samples can be read" in result.stdout
+    with pytest.raises(ConfigError) as caught:
+        run_ablations(trained, ["frames_history"])
+    (problem,) = caught.value.problems
+    assert (problem.key, problem.value) == ("--ablation", "frames_history")
+    assert "none of 6 samples can be read" in problem.message
+
+
+def test_no_order_is_the_given_one():
+    for count in (3, 5):
+        for name in "abcdefghij":
+            assert _order((count,), [0], [name]).tolist() != list(range(count))
 
 
 def test_the_order_keeps_presents_and_depends_on_the_sample_alone():
