@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,8 +20,10 @@ from theworld_train.checkpoint_files import resolve_checkpoint
 from theworld_train.config.components import Component
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.config.schema import RunConfig
-from theworld_train.data.rollouts import Futures, list_futures
-from theworld_train.encode import HEADER_BYTES, SAY_S, free_space, read_places, writable_directory
+from theworld_train.data import Source
+from theworld_train.data.pictures import Place
+from theworld_train.data.rollouts import Futures, list_futures, load_futures
+from theworld_train.encode import HEADER_BYTES, LISTED_TOGETHER, SAY_S, free_space, read_places, writable_directory
 from theworld_train.encoded_files import KEY, EncodedFiles, Recipe, ShardWriter, clear_partials
 from theworld_train.model.world_encoder import WorldEncoder
 from theworld_train.model.world_generator import (
@@ -36,8 +39,8 @@ from theworld_train.train.ledger import trainable_components
 from theworld_train.train.run_lock import run_lock
 from theworld_train.train.runtime import Runtime
 
-#: Distinct prompts whose embeddings are held at once: at 512 tokens of T5-11B, a MiB each in bf16.
-PROMPTS_AT_ONCE = 256
+#: Futures that a rank generates before it meets the others: one whose share is refused waits for the rest no longer.
+GENERATED_TOGETHER = 4
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ def rollout(
 ) -> Generated | None:
     """Writes the futures that a run reads into `data.encoded`; every rank calls it.
 
-    What is there already stays. The ranks share what is missing, sorted by prompt.
+    What is there already stays. The ranks share what is missing. For a sample that training cannot take, or that the
+    guardrail refuses, the next usable one gets its future too, as training takes it instead.
 
     Args:
         config: The run config, whose `data.world.frames` is `rollout`.
@@ -121,18 +125,17 @@ def rollout(
             recipe = rollout_recipe(config, encoded, generator.weights_digest())
         work = _Work(config, inputs, recipe, directory, runtime, console)
         with runtime.agreement():
-            own = work.list_own(only_held_out=only_held_out)
-        listed = sorted((item for rank in runtime.gather(own) for item in rank), key=lambda item: item.place)
-        with runtime.agreement():
-            missing = work.missing(listed)
-            if runtime.is_main:
-                work.announce(listed, missing, encoder.z_dim)
-        refused: list[str] = []
-        with runtime.agreement():
             torch.nn.Module.to(encoder, runtime.device)
-            refused = work.generate_own(generator, encoder, missing)
-        every = sorted({sample for rank in runtime.gather(refused) for sample in rank})
-        return work.report(listed, missing, every) if runtime.is_main else None
+            todo = work.places(only_held_out=only_held_out)
+        needs = _Needs()
+        while todo:  # what the guardrail refuses is replaced by other samples, of which it may refuse some again
+            work.list_together(needs, todo)
+            with runtime.agreement():
+                missing = work.missing(needs)
+                if runtime.is_main:
+                    work.announce(needs, missing, encoder.z_dim)
+            todo = needs.without(work.generate(generator, encoder, missing))
+        return work.report(needs) if runtime.is_main else None
 
 
 def _world_encoder(config: RunConfig, inputs: Inputs) -> tuple[WorldEncoder, Recipe]:
@@ -142,6 +145,42 @@ def _world_encoder(config: RunConfig, inputs: Inputs) -> tuple[WorldEncoder, Rec
     encoder = model.world_encoder
     assert isinstance(encoder, WorldEncoder)
     return encoder.eval(), recipe_of(Component.WORLD_ENCODER, config, inputs.processor, model)
+
+
+@dataclass
+class _Needs:
+    """What a run needs, the same on every rank.
+
+    Attributes:
+        groups: By the place of each sample that the run takes in turn: what it needs, behind those that can not be
+            taken in its stead; the last one is usable.
+        refused: Digests of futures that the guardrail refuses.
+        names: Ids of the samples that need them.
+        tried: Futures that were missing.
+        passes: How often samples have been listed.
+    """
+
+    groups: dict[Place, list[Futures]] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
+    tried: set[str] = field(default_factory=set)
+    passes: int = 0
+
+    @property
+    def listed(self) -> list[Futures]:
+        """What each sample needs, once, in the order of the samples."""
+        every = {futures.place: futures for group in self.groups.values() for futures in group}
+        return [every[place] for place in sorted(every)]
+
+    def without(self, refused: Collection[str]) -> list[Place]:
+        """Notes that some futures are refused; returns the places whose samples needed them."""
+        self.refused.update(refused)
+        found = []
+        for place, group in self.groups.items():
+            samples = [each.sample for each in group if any(future.digest in refused for future in each.wanted)]
+            self.names.update(samples)
+            found += [place] if samples else []
+        return found
 
 
 @dataclass(frozen=True)
@@ -155,31 +194,46 @@ class _Work:
     runtime: Runtime
     console: Console
 
-    def list_own(self, *, only_held_out: bool) -> list[Futures]:
-        """Lists the futures of this rank's share of the samples, or of the held-out ones among them."""
-        places = [place for place in read_places(self.config, self.inputs) if place[0] or not only_held_out]
-        own = places[self.runtime.rank :: self.runtime.world_size]
-        with closing(self._list(own, pictures=False)) as listed:
-            return list(listed)
+    def places(self, *, only_held_out: bool) -> list[Place]:
+        """Returns the samples that the run takes in turn, or the held-out ones among them."""
+        return [place for place in read_places(self.config, self.inputs) if place[0] or not only_held_out]
 
-    def missing(self, listed: Sequence[Futures]) -> list[Futures]:
+    def list_together(self, needs: _Needs, places: Sequence[Place]) -> None:
+        """Lists what samples need, each rank its part; the ranks tell one another of some at a time."""
+        rank, ranks = self.runtime.rank, self.runtime.world_size
+        own, workers = places[rank::ranks], self.config.data.num_workers
+        packed = self.config.training.batching == "packed"
+        with closing(
+            list_futures(
+                self._sources, self.inputs.collator, own, workers, refused=frozenset(needs.refused), packed=packed
+            )
+        ) as listings:
+            for _ in range(0, len(places), LISTED_TOGETHER * ranks):
+                with self.runtime.agreement():
+                    listed = list(islice(listings, LISTED_TOGETHER))
+                needs.groups |= {group[0].place: group for each in self.runtime.gather(listed) for group in each}
+        needs.passes += 1
+
+    def missing(self, needs: _Needs) -> list[Futures]:
         """Returns the futures that are not kept yet, by prompt, each under the first sample that has it."""
         seen = set(EncodedFiles(self.recipe.folder(self.directory)).digests)
         found: list[Futures] = []
-        for futures in listed:
+        for futures in needs.listed:
             for future in futures.wanted:
                 if future.digest not in seen:
                     seen.add(future.digest)
                     found.append(replace(futures, wanted=(future,)))
+        needs.tried.update(futures.wanted[0].digest for futures in found)
         return sorted(found, key=lambda futures: (futures.wanted[0].prompt, futures.place))
 
-    def announce(self, listed: Sequence[Futures], missing: Sequence[Futures], channels: int) -> None:
+    def announce(self, needs: _Needs, missing: Sequence[Futures], channels: int) -> None:
         """Says what will be written, and makes room for it.
 
         Raises:
             ConfigError: If it does not fit.
         """
-        if skipped := [futures.skipped for futures in listed if futures.skipped]:
+        first = needs.passes == 1
+        if first and (skipped := [futures.skipped for futures in needs.listed if futures.skipped]):
             samples = f"{len(skipped):,} sample{'s' if len(skipped) > 1 else ''}"
             self._say(f"{samples} left out, as in training; the first one, {skipped[0]}")
         world = self.config.model.world
@@ -188,32 +242,44 @@ class _Work:
         needed = len(missing) * (numbers * size + HEADER_BYTES)
         free = free_space(self.directory, needed, "free some, or choose another directory")
         prompts = len({futures.wanted[0].prompt for futures in missing})
-        self._say(
-            f"{len(missing):,} futures under {prompts:,} prompts to generate into {self.directory}: {needed:,} bytes, "
-            f"{free:,} are free"
-        )
+        if first or missing:
+            self._say(
+                f"{len(missing):,} futures under {prompts:,} prompts to generate into {self.directory}"
+                f"{'' if first else ', in place of refused ones'}: {needed:,} bytes, {free:,} are free"
+            )
         self.recipe.write(self.directory)
 
-    def generate_own(self, generator: WorldGenerator, encoder: WorldEncoder, missing: Sequence[Futures]) -> list[str]:
-        """Generates and writes this rank's share of what is missing; returns the ids of samples that are refused."""
+    def generate(self, generator: WorldGenerator, encoder: WorldEncoder, missing: Sequence[Futures]) -> set[str]:
+        """Generates and writes what is missing, each rank its part; returns the digests of what is refused on any.
+
+        The ranks take turns among what is sorted by prompt, so each has its part of what is refused or cheap.
+        """
         rank, ranks = self.runtime.rank, self.runtime.world_size
-        share = missing[len(missing) * rank // ranks : len(missing) * (rank + 1) // ranks]
+        own, rules = missing[rank::ranks], self.config.data.world.rollout
         made_on = {"device": self.runtime.device_name, "torch": torch.__version__}
+        made_on |= {"pipeline": rules.pipeline, "revision": rules.revision or ""}
         writer = ShardWriter(self.recipe.folder(self.directory), made_on)
-        refused: list[str] = []
+        refused: set[str] = set()
+        prompts: dict[str, Prompt | None] = {}
         done, said = 0, time.monotonic()
-        for part in _by_prompts(share):
-            prompts = generator.encode_prompts(futures.wanted[0].prompt for futures in part)
-            with closing(self._list([futures.place for futures in part], pictures=True)) as loaded:
-                for wanted, there in zip(part, loaded, strict=True):
-                    if not self._generate(generator, encoder, writer, wanted, there, prompts):
-                        refused.append(wanted.sample)
-                    done += 1
-                    if self.runtime.is_main and time.monotonic() - said > SAY_S:
-                        said = time.monotonic()
-                        self._say(f"{done:,} of this process's {len(share):,} futures")
-        writer.seal()
-        return refused
+        places, workers = [futures.place for futures in own], self.config.data.num_workers
+        with closing(load_futures(self._sources, self.inputs.collator, places, workers)) as loaded:
+            for first in range(0, -(-len(missing) // ranks), GENERATED_TOGETHER):
+                with self.runtime.agreement():
+                    part = own[first : first + GENERATED_TOGETHER]
+                    wanted = dict.fromkeys(futures.wanted[0].prompt for futures in part)
+                    prompts = {prompt: prompts[prompt] for prompt in wanted if prompt in prompts}
+                    prompts |= generator.encode_prompts(prompt for prompt in wanted if prompt not in prompts)
+                    for futures, there in zip(part, islice(loaded, len(part)), strict=True):
+                        if not self._generate(generator, encoder, writer, futures, there, prompts):
+                            refused.add(futures.wanted[0].digest)
+                    done += len(part)
+                if self.runtime.is_main and time.monotonic() - said > SAY_S:
+                    said = time.monotonic()
+                    self._say(f"{done:,} of this process's {len(own):,} futures")
+        with self.runtime.agreement():
+            writer.seal()
+        return {digest for each in self.runtime.gather(refused) for digest in each}
 
     def _generate(
         self,
@@ -246,39 +312,24 @@ class _Work:
         writer.add(future.digest, latents.cpu(), time.perf_counter() - began)
         return True
 
-    def report(self, listed: Sequence[Futures], missing: Sequence[Futures], refused: Sequence[str]) -> Generated:
+    def report(self, needs: _Needs) -> Generated:
         """Returns what is kept, once all ranks have written."""
         files = EncodedFiles(self.recipe.folder(self.directory))
-        used = {future.digest for futures in listed for future in futures.wanted}
+        used = {future.digest for futures in needs.listed for future in futures.wanted}
         return Generated(
-            new=sum(futures.wanted[0].digest in files for futures in missing),
+            new=sum(digest in files for digest in needs.tried),
             entries=sum(digest in files for digest in used),
-            refused=tuple(refused),
+            refused=tuple(sorted(needs.names)),
             nbytes=files.nbytes,
             generate_s=files.seconds / max(1, len(files)),
         )
 
     # -- parts ----------------------------------------------------------------------------------------------------
 
-    def _list(self, places: Sequence[tuple[int, int]], *, pictures: bool) -> Generator[Futures]:
+    @property
+    def _sources(self) -> list[Source]:
         held_out = self.inputs.held_out
-        sources = [self.inputs.train] if held_out is None else [self.inputs.train, held_out]
-        return list_futures(sources, self.inputs.collator, places, self.config.data.num_workers, pictures=pictures)
+        return [self.inputs.train] if held_out is None else [self.inputs.train, held_out]
 
     def _say(self, text: str) -> None:
         self.console.print(f"{self.config.name}: {text}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _by_prompts(share: Sequence[Futures]) -> Iterator[list[Futures]]:
-    """Yields futures, sorted by prompt, in runs that hold so many prompts at most; one prompt is never cut in two."""
-    part: list[Futures] = []
-    prompts: set[str] = set()
-    for futures in share:
-        prompt = futures.wanted[0].prompt
-        if prompt not in prompts and len(prompts) == PROMPTS_AT_ONCE:
-            yield part
-            part, prompts = [], set()
-        part.append(futures)
-        prompts.add(prompt)
-    if part:
-        yield part

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,10 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+import theworld_train.rollout as making
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint, write_run
 from theworld_train.assemble.encoded import check_encoded
-from theworld_train.assemble.inputs import open_processor
+from theworld_train.assemble.inputs import open_inputs, open_processor
 from theworld_train.assemble.run import train
 from theworld_train.batch import ROLLOUT
 from theworld_train.checkpoint_files import resolve_checkpoint
@@ -26,7 +31,9 @@ from theworld_train.config.errors import ConfigError
 from theworld_train.config.rollout import RolloutRules
 from theworld_train.config.schema import RunConfig
 from theworld_train.data import open_source
-from theworld_train.encoded_files import EncodedFiles, frames_digest
+from theworld_train.data.rollouts import Future as RolloutFuture
+from theworld_train.data.rollouts import Futures
+from theworld_train.encoded_files import EncodedFiles, Recipe, frames_digest
 from theworld_train.evaluate.ablations import run_ablations
 from theworld_train.evaluate.answer import Future, answer, find_model
 from theworld_train.model import world_generator
@@ -166,6 +173,37 @@ def test_entry_is_our_encoding_of_the_picture_and_what_diffusers_generates(
     assert not torch.equal(other[1:], latents[1:]), "another seed, another future"
 
 
+@pytest.mark.parametrize("changed", ["weights", "statistics"])
+def test_latents_of_another_encoder_are_not_taken_as_they_are(
+    tiny: TinyCheckpoint, encoder: WorldEncoder, changed: str
+):
+    """A world encoder that was trained, and then frozen, sees the generated frames itself."""
+    generator = load_generator(rules_of(tiny), torch.device("cpu"))
+    prompt = generator.encode_prompts(["digit"])["digit"]
+    assert prompt is not None
+    if changed == "weights":
+        with torch.no_grad():
+            encoder.quant_conv.weight.mul_(1.5)
+    else:
+        encoder._latents_mean = tuple(value + 1 for value in encoder._latents_mean)
+    image = fit_frame(picture(), RESOLUTION, "pad")
+    latents = generator.latents(image, prompt, 7, 2, encoder, Fit(RESOLUTION, "pad"))
+    decoded = generator._decode(generator._denoise(image, prompt, 7))
+    assert torch.equal(latents, encode(encoder, [image, *(Image.fromarray(frame) for frame in decoded[1:])]))
+
+
+def test_the_text_encoder_leaves_the_device_once_prompts_are_encoded(
+    tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch
+):
+    generator = load_generator(rules_of(tiny), torch.device("cpu"))
+    done: list[str] = []
+    embed = generator._embed
+    monkeypatch.setattr(generator, "_embed", lambda text: done.append(text) or embed(text))
+    monkeypatch.setattr(generator._pipeline, "maybe_free_model_hooks", lambda: done.append("freed"))
+    generator.encode_prompts(["digit"])
+    assert done == [NEGATIVE, "digit", "freed"]
+
+
 def test_fewer_steps_are_the_first_of_more(tiny: TinyCheckpoint, encoder: WorldEncoder):
     generator = load_generator(rules_of(tiny, width=2 * RESOLUTION), torch.device("cpu"))
     prompt = generator.encode_prompts(["digit"])["digit"]
@@ -220,11 +258,27 @@ def test_a_changed_setting_makes_rollouts_stale(make: Make):
         ({"num_inference_steps": 3}, "generator.num_inference_steps: 2 there, 3 in this run"),
         ({"seed": 1}, "generator.seed: 0 there, 1 in this run"),
         ({"width": 64}, "generator.width: 32 there, 64 in this run"),
-        ({"revision": "v2"}, "generator.revision: None there, 'v2' in this run"),
     ):
         config = make(**changed)
         with pytest.raises(ConfigError, match=said):
             check_encoded(config, open_processor(config))
+    same = make(revision="v2", pipeline="elsewhere/cosmos")
+    check_encoded(same, open_processor(same))  # its digest identifies the generator, whatever it is called
+
+
+@pytest.mark.parametrize("changed", ["vae", "scheduler", "tokenizer"])
+def test_the_generators_digest_covers_its_configs(tiny: TinyCheckpoint, changed: str):
+    generator = load_generator(rules_of(tiny), torch.device("cpu"))
+    before, pipeline = generator.weights_digest(), pipeline_of(generator)
+    pipeline.vae.register_to_config(_name_or_path="elsewhere")
+    assert generator.weights_digest() == before
+    if changed == "vae":
+        pipeline.vae.register_to_config(latents_mean=[1.0] * 16)
+    elif changed == "scheduler":
+        pipeline.scheduler.register_to_config(sigma_max=79.0)
+    else:
+        pipeline.tokenizer.add_tokens("another")
+    assert generator.weights_digest() != before
 
 
 def test_rollouts_of_another_generator_are_refused(make: Make, tiny: TinyCheckpoint):
@@ -291,6 +345,60 @@ def test_large_transformers_need_nvidias_guardrail(tiny: TinyCheckpoint, monkeyp
     monkeypatch.setattr(world_generator.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"guardrail.*not installed.*pip install cosmos_guardrail"):
         load_generator(rules_of(tiny), torch.device("cpu"))
+
+
+def test_a_guardrail_without_its_models_says_how_to_fetch_them(tiny: TinyCheckpoint, monkeypatch: pytest.MonkeyPatch):
+    def offline() -> None:
+        raise OSError("no such file in the cache")
+
+    monkeypatch.setattr(world_generator, "TINY_PARAMETERS", 1)
+    monkeypatch.setattr(world_generator.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(world_generator._VIDEO2WORLD, "CosmosSafetyChecker", offline)
+    with pytest.raises(ConfigError, match=r"no such file in the cache.*run once with network: python -c"):
+        load_generator(rules_of(tiny), torch.device("cpu"))
+
+
+def few_of_many(make: Make, *overrides: str) -> RunConfig:
+    """A run that takes 6 of 40 samples, so that few of those that could stand in are taken themselves."""
+    return make("data.train.samples=40", "data.eval=null", *overrides)
+
+
+def test_what_stands_in_for_refused_samples_is_generated_too(make: Make):
+    made, said = generate(few_of_many(make), Strict())
+    assert made.refused
+    assert "in place of refused ones" in said
+    # No sample besides the refused ones is missed in training.
+    train(few_of_many(make, f"data.max_bad_samples={len(made.refused)}"), Console(file=io.StringIO()))
+    assert generate(few_of_many(make), Strict())[0].new == 0, "a second pass finds nothing to add"
+
+
+def test_what_stands_in_for_excluded_samples_is_generated_too(make: Make, tmp_path: Path):
+    inputs = open_inputs(few_of_many(make))
+    names = [inputs.train[index].id for step in range(3) for index in inputs.order.indices(step)]
+    (tmp_path / "left.jsonl").write_text("".join(json.dumps({"id": name}) + "\n" for name in names))
+    config = few_of_many(make, f"data.exclude=[{tmp_path / 'left.jsonl'}]", "data.max_bad_samples=0")
+    generate(config)
+    train(config, Console(file=io.StringIO()))
+
+
+def test_ranks_take_turns_among_the_futures_of_a_prompt(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """So that what is refused, or cheap, does not fall to one of them; and they meet after a few."""
+    missing = [Futures((0, n), str(n), (RolloutFuture(f"{n:032x}", "ab"[n // 11]),)) for n in range(22)]
+    taken: dict[int, list[str]] = {}
+    meetings: list[int] = []
+    for rank in range(3):
+        own = taken[rank] = []
+        runtime: Any = SimpleNamespace(rank=rank, world_size=3, is_main=False, device_name="cpu")
+        runtime.agreement = lambda rank=rank: nullcontext(meetings.append(rank))
+        runtime.gather = lambda value: [value]
+        generator: Any = SimpleNamespace(encode_prompts=lambda prompts: dict.fromkeys(prompts))
+        monkeypatch.setattr(making, "load_futures", lambda *a: (Futures(place) for place in a[2]))
+        monkeypatch.setattr(making._Work, "_generate", lambda *a, own=own: own.append(a[4].wanted[0].prompt) or True)
+        inputs: Any = SimpleNamespace(train=None, held_out=None, collator=None)
+        recipe = Recipe(ROLLOUT, {})
+        making._Work(make(), inputs, recipe, tmp_path, runtime, Console()).generate(generator, Any, missing)
+    assert [Counter(own) for own in taken.values()] == [{"a": 4, "b": 4}, {"a": 4, "b": 3}, {"a": 3, "b": 4}]
+    assert Counter(meetings) == dict.fromkeys(range(3), 3), "two times four futures, and the end"
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ import pytest
 from huggingface_hub import constants, errors
 
 from theworld_train import hub
+from theworld_train.cli.generate import _future
 from theworld_train.config import ConfigError, RunConfig, parse_run_config
 from theworld_train.config.rollout import RolloutRules
 from theworld_train.config.sources import WorldFrames
+from theworld_train.evaluate.answer import AnsweringModel
 from theworld_train.hub import Lock, LockedDataset, LockedModel
 
 BASE, ENCODER, DATA = "google/gemma-3-4b-it", "nvidia/Cosmos-Predict2-2B-Video2World", "someone/pictures"
@@ -279,6 +281,20 @@ def test_a_config_is_pinned_as_far_as_the_lock_goes() -> None:
     assert (pinned.model.revision, pinned.model.world.encoder_revision) == (A, None)
     assert pinned.data.train == config_of(DATA).data.train.model_copy(update={"revision": B})
     assert hub.pin_revisions(pinned, lock) == pinned
+
+
+def test_live_rollouts_are_generated_by_the_pinned_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "read_lock", lambda path: LOCK)
+    source = AnsweringModel(tmp_path, enable_world=True, max_frames=5)
+    monkeypatch.setattr("theworld_train.evaluate.answer.find_rules", lambda path: RolloutRules(pipeline=BASE))
+    future = _future(source, 1, None)
+    assert future is not None
+    assert future.rules.revision == A
+    unlocked, own = RolloutRules(pipeline="someone/else"), RolloutRules(pipeline=str(tmp_path))
+    assert hub.pin_rules(unlocked, LOCK) == unlocked
+    assert hub.pin_rules(own, LOCK) == own
+    (problem,) = problems_of(lambda: hub.pin_rules(RolloutRules(pipeline=BASE, revision=B), LOCK))
+    assert problem.startswith("data.world.rollout.revision: ")
 
 
 def test_what_was_fetched_is_here_though_most_of_the_repository_is_not(fetch: Fetch) -> None:

@@ -137,7 +137,8 @@ def rollout_recipe(config: RunConfig, encoder: Recipe, weights: str) -> Recipe:
 
 def _rollout_values(config: RunConfig, encoder: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what is known of rollouts without the generator's weights; the prompts are in the keys of entries."""
-    rules = config.data.world.rollout.model_dump(mode="json", exclude={"prompt"})
+    # What pipeline and revision name is told by its digest, wherever it was fetched.
+    rules = config.data.world.rollout.model_dump(mode="json", exclude={"prompt", "pipeline", "revision"})
     return {
         **{f"encoder.{name}": value for name, value in encoder.items()},
         **{f"generator.{name}": value for name, value in rules.items()},

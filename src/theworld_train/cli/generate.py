@@ -67,6 +67,7 @@ def _future(source: AnsweringModel, steps: int | None, config: Path | None) -> F
     Raises:
         ConfigError: If the model takes fewer steps, or the config does not generate so many.
     """
+    from theworld_train import hub
     from theworld_train.config import load_run_config
     from theworld_train.config.errors import ConfigError, Problem
     from theworld_train.evaluate.answer import Future, find_rules
@@ -83,7 +84,7 @@ def _future(source: AnsweringModel, steps: int | None, config: Path | None) -> F
     if 1 + 4 * steps > rules.num_frames:
         message = f"{steps} steps reach over {1 + 4 * steps} frames, and {rules.num_frames} are generated"
         raise ConfigError(Problem(message, key="data.world.rollout.num_frames", value=rules.num_frames))
-    return Future(steps, rules)
+    return Future(steps, hub.pin_rules(rules, hub.read_lock(hub.LOCK_FILE)))
 
 
 def _frames_to_take(wanted: int | None, most: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -289,13 +289,23 @@ class _MicroBatches(Dataset[_Loaded]):
 
         In a packed row they are no longer than it, as far as lengths tell.
         """
-        number = bisect_right(self._ends, place.index)
-        first, end = self._ends[number - 1] if number else 0, self._ends[number]
-        following = (first + (place.index - first + offset) % (end - first) for offset in range(end - first))
+        following = successors(self._ends, place.index)
         if self._lengths is not None and place.room < self._collator.max_length:
             lengths, room, own = self._lengths, place.room, place.index
             following = (index for index in following if index == own or 0 < lengths[index] <= room)
         return itertools.islice(following, MAX_REPLACEMENTS)
+
+
+def successors(ends: Sequence[int], index: int) -> Iterator[int]:
+    """Yields an index and those that may stand in for it: what follows in its part, after the last one the first.
+
+    Args:
+        ends: Index behind the last sample of each part; see `part_ends`.
+        index: Of the sample.
+    """
+    number = bisect_right(ends, index)
+    first, end = ends[number - 1] if number else 0, ends[number]
+    return (first + (index - first + offset) % (end - first) for offset in range(end - first))
 
 
 def _last_question(sample: Sample, encoded: EncodedSample) -> Question:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.utils.data import Dataset
 from theworld_train.batch import ROLLOUT
 from theworld_train.config.rollout import RolloutRules
 from theworld_train.data.collator import Collator
+from theworld_train.data.loader import MAX_REPLACEMENTS, successors
+from theworld_train.data.mixture import part_ends
+from theworld_train.data.pictures import Place
 from theworld_train.data.source import Finding, Sample, Source, UnreadableSampleError
 from theworld_train.data.workers import in_workers
 from theworld_train.encoded_files import frames_digest
@@ -105,13 +109,13 @@ class Futures:
     """The futures that one sample needs.
 
     Attributes:
-        place: The sample: its source, by its place among several, and its index.
+        place: The sample.
         sample: The sample's id; empty if it cannot be read.
         wanted: In their order, repeated ones too.
         skipped: Why training would not take the sample, which then has none; empty if it would.
     """
 
-    place: tuple[int, int]
+    place: Place
     sample: str = ""
     wanted: tuple[Future, ...] = ()
     skipped: str = ""
@@ -120,21 +124,33 @@ class Futures:
 def list_futures(
     sources: Sequence[Source],
     collator: Collator,
-    places: Sequence[tuple[int, int]],
+    places: Sequence[Place],
     num_workers: int,
     *,
-    pictures: bool,
-) -> Generator[Futures, None, None]:
-    """Yields the futures that samples need, as training will look them up.
+    refused: Collection[str] = (),
+    packed: bool = False,
+) -> Generator[list[Futures], None, None]:
+    """Yields of each place the futures that its sample needs, and before a usable one is found those of its successors.
+
+    Training takes the next usable sample of a source for one that it cannot take, and looks up what that one needs.
 
     Args:
-        sources: The sources, whose samples state what they need; see `RolloutSource`.
+        sources: The sources, whose samples state what they need; see `RolloutSource`. The first is trained on.
         collator: Encodes samples, and says which fit.
         places: The samples.
         num_workers: Worker processes; 0 works in this process.
-        pictures: Whether the pictures are wanted too.
+        refused: Digests of futures that there will not be.
+        packed: Whether training packs, so that only a sample as short may stand in where a row has no more room.
     """
-    return in_workers(_Lister(sources, collator, pictures), places, min(num_workers, len(places)))
+    lister = _Lister(sources, collator, frozenset(refused), packed)
+    return in_workers(lister, places, min(num_workers, len(places)))
+
+
+def load_futures(
+    sources: Sequence[Source], collator: Collator, places: Sequence[Place], num_workers: int
+) -> Generator[Futures, None, None]:
+    """Yields the futures that each sample needs, with their pictures; arguments as of `list_futures`."""
+    return in_workers(_Loader(sources, collator), places, min(num_workers, len(places)))
 
 
 class _Noted:
@@ -150,16 +166,15 @@ class _Noted:
 
 
 @dataclass(frozen=True)
-class _Lister(Dataset[Futures]):
+class _Reader:
     sources: Sequence[Source]
     collator: Collator
-    pictures: bool
 
-    def __getitem__(self, place: tuple[int, int]) -> Futures:
+    def read(self, place: Place, *, pictures: bool) -> Futures:
         asked: list[Future] = []
         source, index = place
         try:
-            collator = self.collator.knowing({ROLLOUT: _Noted(asked, pictures=self.pictures)})
+            collator = self.collator.knowing({ROLLOUT: _Noted(asked, pictures=pictures)})
             sample = self.sources[source][index]
             if collator.fit(collator.encode_whole(sample)) is None:
                 return Futures(
@@ -168,3 +183,50 @@ class _Lister(Dataset[Futures]):
         except UnreadableSampleError as error:
             return Futures(place, skipped=str(error))
         return Futures(place, sample.id, tuple(asked))
+
+
+@dataclass(frozen=True)
+class _Loader(_Reader, Dataset[Futures]):
+    def __getitem__(self, place: Place) -> Futures:
+        return self.read(place, pictures=True)
+
+
+@dataclass(frozen=True)
+class _Lister(_Reader, Dataset[list[Futures]]):
+    refused: frozenset[str]
+    packed: bool
+
+    def __getitem__(self, place: Place) -> list[Futures]:
+        source, index = place
+        following = list(islice(successors(part_ends(self.sources[source]), index), MAX_REPLACEMENTS))
+        found = self._until_usable(source, following)
+        if len(found) == 1 or not self.packed or source:
+            return found
+        room = next(filter(None, (self._tokens(source, candidate) for candidate in following)), 0)
+        if self._tokens(source, found[-1].place[1]) <= room:
+            return found
+        rest = (candidate for candidate in following[1:] if 0 < self._tokens(source, candidate) <= room)
+        return [*found, *self._until_usable(source, rest)]
+
+    def _until_usable(self, source: int, candidates: Iterable[int]) -> list[Futures]:
+        found: list[Futures] = []
+        for candidate in candidates:
+            found.append(self._list((source, candidate)))
+            if not found[-1].skipped:
+                break
+        return found
+
+    def _list(self, place: Place) -> Futures:
+        futures = self.read(place, pictures=False)
+        if self.refused.isdisjoint(future.digest for future in futures.wanted):
+            return futures
+        return Futures(place, futures.sample, skipped=f"sample {futures.sample}: the guardrail refuses its future")
+
+    def _tokens(self, source: int, index: int) -> int:
+        """Returns the tokens of a sample as far as they are known without its pixels; 0 if it is unusable."""
+        collator = self.collator.knowing({ROLLOUT: _Noted([], pictures=False)})
+        try:
+            encoded = collator.fit(collator.encode_whole(self.sources[source].outline(index)))
+        except UnreadableSampleError:
+            return 0
+        return 0 if encoded is None else len(encoded.input_ids)

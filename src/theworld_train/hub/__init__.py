@@ -15,7 +15,7 @@ from theworld_train.hub.lock import (
     read_lock,
     write_lock,
 )
-from theworld_train.hub.repositories import Repository, pin_revisions, required_repositories
+from theworld_train.hub.repositories import Repository, pin_revisions, pin_rules, required_repositories
 
 __all__ = [
     "FETCH_HINT",
@@ -28,6 +28,7 @@ __all__ = [
     "ensure_local",
     "fetch",
     "pin_revisions",
+    "pin_rules",
     "pinned_revision",
     "read_lock",
     "required_repositories",

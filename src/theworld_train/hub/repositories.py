@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from theworld_train.config.credentials import looks_secret
 from theworld_train.config.errors import ConfigError, Problem
+from theworld_train.config.rollout import RolloutRules
 from theworld_train.config.schema import RunConfig
 from theworld_train.config.sources import STREAM_FILES, HubSource, leaf_sources
 from theworld_train.hub.lock import Kind, Lock, pinned_revision
@@ -112,10 +113,14 @@ def _model_uses(config: RunConfig) -> Iterator[Repository]:
 
 
 def _generator_uses(config: RunConfig) -> Iterator[Repository]:
-    world, rules, key = config.data.world, config.data.world.rollout, "data.world.rollout"
+    world, rules = config.data.world, config.data.world.rollout
     if world.frames == "rollout":
-        keys = f"{key}.pipeline", f"{key}.revision"
-        yield Repository("model", rules.pipeline, rules.revision, *keys, GENERATOR_PATTERNS, generates=True)
+        yield _generator(rules)
+
+
+def _generator(rules: RolloutRules) -> Repository:
+    keys = "data.world.rollout.pipeline", "data.world.rollout.revision"
+    return Repository("model", rules.pipeline, rules.revision, *keys, GENERATOR_PATTERNS, generates=True)
 
 
 def _dataset_uses(config: RunConfig) -> Iterator[Repository]:
@@ -166,6 +171,21 @@ def pin_revisions(config: RunConfig, lock: Lock) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return RunConfig.model_validate_json(json.dumps(values))
+
+
+def pin_rules(rules: RolloutRules, lock: Lock) -> RolloutRules:
+    """Returns rules whose pipeline is pinned to a commit, as far as they or the lock know it.
+
+    Raises:
+        ConfigError: If they contradict each other.
+    """
+    use, problems = _generator(rules), list[Problem]()
+    if use.is_directory:
+        return rules
+    commit = pinned(use, lock, problems)
+    if problems:
+        raise ConfigError(problems)
+    return rules.model_copy(update={"revision": commit or use.revision})
 
 
 def pinned(use: Repository, lock: Lock, problems: list[Problem]) -> str | None:

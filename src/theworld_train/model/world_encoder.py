@@ -163,6 +163,21 @@ class WorldEncoder(nn.Module):
         encoder.quant_conv.load_state_dict(vae.quant_conv.state_dict())
         return encoder
 
+    def is_alike(self, other: WorldEncoder) -> bool:
+        """Whether another encoder has the same weights, as far as the coarser dtype tells, and the same statistics."""
+        ours, theirs = self.state_dict(), other.state_dict()
+        coarser = min(self.quant_conv.weight.dtype, other.quant_conv.weight.dtype, key=lambda dtype: dtype.itemsize)
+        statistics = (self._latents_mean, self._latents_std) == (other._latents_mean, other._latents_std)
+        return (
+            statistics
+            and ours.keys() == theirs.keys()
+            and all(
+                weight.shape == theirs[name].shape
+                and torch.equal(weight.to(coarser), theirs[name].to(weight.device, coarser))
+                for name, weight in ours.items()
+            )
+        )
+
     def denormalise(self, latents: Tensor) -> Tensor:
         """Returns the posterior's mode, as the VAE's decoder expects it, from normalised latents."""
         return latents * self._statistic(self._latents_std, latents) + self._statistic(self._latents_mean, latents)

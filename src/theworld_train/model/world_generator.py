@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ _T5_11B: dict[str, Any] = {
 }
 #: A transformer with fewer parameters may go without a guardrail: none of NVIDIA's is that small.
 TINY_PARAMETERS = 10_000_000
+#: What fetches the guardrail's own models.
+FETCH_GUARDRAIL = 'python -c "from cosmos_guardrail import CosmosSafetyChecker; CosmosSafetyChecker()"'
 #: Tokens of a prompt at most; the pipeline's own default.
 PROMPT_TOKENS = 512
 
@@ -151,15 +154,23 @@ class WorldGenerator:
         self._pipeline, self._rules, self._device = pipeline, rules, device
         self._guardrail: Guardrail = pipeline.safety_checker
         self._negative: Tensor | None = None
+        self._compared: tuple[WorldEncoder, bool] | None = None
 
     def weights_digest(self) -> str:
-        """Returns a digest of all that the result depends on: text encoder, transformer and VAE."""
+        """Returns a digest of the pipeline's parts: weights and configs, scheduler and tokenizer; not of its name."""
         parts = {name: getattr(self._pipeline, name) for name in ("text_encoder", "transformer", "vae")}
-        return combined_digest({f"{p}.{n}": t for p, module in parts.items() for n, t in module.state_dict().items()})
+        tensors = {f"{p}.{n}": t for p, module in parts.items() for n, t in module.state_dict().items()}
+        configs = {name: _stated(getattr(self._pipeline, name).config) for name in ("transformer", "vae", "scheduler")}
+        configs["text_encoder"] = _stated(parts["text_encoder"].config.to_diff_dict())
+        configs["tokenizer"] = json.loads(self._pipeline.tokenizer.backend_tokenizer.to_str())
+        written = json.dumps(configs, sort_keys=True, default=list)
+        return str(xxhash.xxh3_128(f"{combined_digest(tensors)} {written}".encode()).hexdigest())
 
     def encode_prompts(self, prompts: Iterable[str]) -> dict[str, Prompt | None]:
         """Encodes each distinct prompt once; None where the guardrail refuses it."""
         wanted = dict.fromkeys(prompts)
+        if not wanted:
+            return {}
         negative = self._rules.negative_prompt
         texts = [_VIDEO2WORLD.DEFAULT_NEGATIVE_PROMPT if negative is None else negative, *wanted]
         self._guardrail.to(self._device)
@@ -171,10 +182,12 @@ class WorldGenerator:
             )
         if self._negative is None:
             self._negative = self._embed(texts[0])
-        return {
+        encoded = {
             text: Prompt(self._embed(text), self._negative) if passed else None
             for text, passed in zip(texts[1:], safe[1:], strict=True)
         }
+        self._pipeline.maybe_free_model_hooks()  # the text encoder leaves the device, before the VAE comes
+        return encoded
 
     @torch.no_grad()
     def latents(
@@ -198,7 +211,7 @@ class WorldGenerator:
             UnsafeRolloutError: If the guardrail refuses what was generated.
         """
         own = fit_frame(picture, fit.side, fit.resize)
-        alike = self._rules.height == self._rules.width == fit.side
+        alike = self._rules.height == self._rules.width == fit.side and self._encodes_as(encoder)
         latents = self._denoise(own if alike else picture, prompt, seed)[:, :, : 1 + steps]
         frames = self._decode(latents)
         allowed = self._allowed(frames)
@@ -212,6 +225,13 @@ class WorldGenerator:
         return torch.cat([present, later], dim=2)[0].transpose(0, 1)
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _encodes_as(self, encoder: WorldEncoder) -> bool:
+        """Whether a world encoder has the weights and statistics of the pipeline's VAE, but for rounding to a dtype."""
+        if self._compared is None or self._compared[0] is not encoder:
+            theirs = WorldEncoder.from_vae(self._pipeline.vae)
+            self._compared = encoder, encoder.is_alike(theirs)
+        return self._compared[1]
 
     @torch.no_grad()
     def _embed(self, text: str) -> Tensor:
@@ -263,6 +283,12 @@ class WorldGenerator:
 
     def _encode(self, frames: list[Image.Image], encoder: WorldEncoder) -> Tensor:
         return encoder.encode(frames_to_pixels(frames).transpose(0, 1)[None].to(self._device))
+
+
+def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the config of a part states, without what libraries note in it and without their defaults."""
+    noted = {"transformers_version", "dtype", "architectures", *config.get("_use_default_values", ())}
+    return {name: value for name, value in config.items() if name not in noted and not name.startswith("_")}
 
 
 def _images(frames: np.ndarray, size: tuple[int, int]) -> list[Image.Image]:
@@ -362,12 +388,17 @@ def _nvidia_guardrail(rules: RolloutRules) -> Guardrail:
     """Loads NVIDIA's guardrail.
 
     Raises:
-        ConfigError: If its package is not installed.
+        ConfigError: If its package is not installed, or its models are not there.
     """
     if importlib.util.find_spec("cosmos_guardrail") is None:
         message = "its licence asks for NVIDIA's guardrail, and the package cosmos_guardrail is not installed"
         raise ConfigError(Problem(message, key=KEY, value=rules.pipeline, hint="pip install cosmos_guardrail"))
-    checker: Guardrail = _VIDEO2WORLD.CosmosSafetyChecker()
+    try:
+        checker: Guardrail = _VIDEO2WORLD.CosmosSafetyChecker()
+    except (OSError, ValueError, ImportError) as error:
+        message = f"NVIDIA's guardrail cannot be loaded: {error}"
+        hint = f"it fetches models of its own: run once with network: {FETCH_GUARDRAIL}"
+        raise ConfigError(Problem(message, key=KEY, value=rules.pipeline, hint=hint)) from error
     return checker
 
 
