@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+import theworld_train.data.rollouts as listing
 import theworld_train.rollout as making
 from tests.helpers.tiny import RESOLUTION, TinyCheckpoint, write_run
 from theworld_train.assemble.encoded import check_encoded
@@ -379,6 +380,22 @@ def test_what_stands_in_for_excluded_samples_is_generated_too(make: Make, tmp_pa
     config = few_of_many(make, f"data.exclude=[{tmp_path / 'left.jsonl'}]", "data.max_bad_samples=0")
     generate(config)
     train(config, Console(file=io.StringIO()))
+
+
+def test_in_packed_rows_a_sample_as_short_stands_in_too(monkeypatch: pytest.MonkeyPatch):
+    tokens, unreadable = [5, 4, 4, 9, 8, 3, 4], {2}
+
+    def read(self: Any, place: tuple[int, int], *, pictures: bool) -> Futures:
+        return Futures(place, skipped="unreadable" if place[1] in unreadable else "")
+
+    monkeypatch.setattr(listing._Reader, "read", read)
+    monkeypatch.setattr(listing._Lister, "_tokens", lambda self, source, index: tokens[index])
+    sources: Any = [tokens, tokens]
+    collator: Any = None
+    for source, packed, expected in ((0, True, [2, 3, 5]), (0, False, [2, 3]), (1, True, [2, 3])):
+        lister = listing._Lister(sources, collator, frozenset(), packed)
+        assert [futures.place for futures in lister[source, 2]] == [(source, index) for index in expected]
+        assert [futures.place for futures in lister[source, 4]] == [(source, 4)]
 
 
 def test_ranks_take_turns_among_the_futures_of_a_prompt(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
