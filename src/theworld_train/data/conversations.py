@@ -57,11 +57,20 @@ class Conversations:
 
     def outline(self, index: int) -> Sample:
         """Returns one row with blanks for its media; see `Source`."""
-        row = next(self._rows.outlines(range(index, index + 1)))
+        try:
+            row = next(self._rows.outlines(range(index, index + 1)))
+        except OSError as error:
+            raise UnreadableSampleError(self._rows.label(index), f"cannot be read: {error}") from error
         return self._sample(index, row, self._media.outline)
 
     def check(self) -> Iterator[Finding]:
         """Checks the structure of every row, that its media exist, and that its id is its own; see `Source`."""
+        try:
+            yield from self._check()
+        except OSError as error:
+            yield Finding((Problem(f"cannot be read: {error}", source=self._rows.name),))
+
+    def _check(self) -> Iterator[Finding]:
         rows_of_ids: dict[str, int] = {}
         holds_video_file = False
         for index, row in enumerate(self._rows.outlines(range(len(self._rows)))):

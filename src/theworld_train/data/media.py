@@ -15,6 +15,7 @@ from theworld_train.data.conversation import Conversation, ImagePart, TextPart, 
 from theworld_train.data.formats import Adapted
 from theworld_train.data.images import decode_image, open_image
 from theworld_train.data.rows import Later
+from theworld_train.data.source import MediaError
 from theworld_train.data.video import (
     FRAME_SUFFIXES,
     WHOLE_CLIP,
@@ -124,7 +125,7 @@ class Media:
             entry = _entry(part, conversation)
             data = embedded(entry)
             name = adapted.own_key(part.key)
-            loaded = open_image(self._locate(entry)) if data is None else decode_image(_read(data), name)
+            loaded = open_image(self._locate(entry)) if data is None else decode_image(_read(data, name), name)
             return loaded if adapted.retouch is None else adapted.retouch(loaded)
 
         def video(part: VideoPart) -> list[Image.Image]:
@@ -135,7 +136,8 @@ class Media:
             entry = _entry(part, conversation)
             data = embedded(entry)
             if data is not None:
-                return read_video(_read(data), adapted.own_key(part.key), self.max_video_frames, self.timing)
+                name = adapted.own_key(part.key)
+                return read_video(_read(data, name), name, self.max_video_frames, self.timing)
             return read_clip(self._locate_clip(entry), self.max_video_frames, self.timing)
 
         return build_messages(conversation, image, video, self._present)
@@ -161,7 +163,8 @@ class Media:
             entry = _entry(part, conversation)
             data = embedded(entry)
             if data is not None:
-                return Blank(video_length(_read(data), adapted.own_key(part.key), most, timing))
+                name = adapted.own_key(part.key)
+                return Blank(video_length(_read(data, name), name, most, timing))
             return Blank(clip_length(self._locate_clip(entry), most, timing))
 
         return build_messages(conversation, lambda _: Blank(), video, self._present)
@@ -237,8 +240,12 @@ def embedded(entry: object) -> bytes | Later | None:
     return data if isinstance(data, bytes | Later) else None
 
 
-def _read(data: bytes | Later) -> bytes:
-    return data.read() if isinstance(data, Later) else data
+def _read(data: bytes | Later, name: str) -> bytes:
+    """Returns the bytes of a medium that a row holds; raises MediaError, which names it."""
+    try:
+        return data.read() if isinstance(data, Later) else data
+    except OSError as error:
+        raise MediaError(f"{name}: cannot be read: {error}") from error
 
 
 def build_messages(

@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 from theworld_train.config.errors import ConfigError, Problem
 from theworld_train.data.arrow import Places, with_clips_later
 from theworld_train.data.order import SHUFFLED_GROUPS, Groups
+from theworld_train.data.rows import RowError
 
-#: Bytes of a row group, unpacked: a worker holds `SHUFFLED_GROUPS` of them.
+#: Bytes of a row group, unpacked: a worker holds `SHUFFLED_GROUPS` of them, and as many without images and clips.
 MAX_GROUP_BYTES = 512 * 2**20
 #: The leaf of an image or clip that holds its file.
 BYTES = ".bytes"
@@ -56,6 +57,7 @@ class StreamedRows:
         self.groups = Groups(rows)
         self._places = Places(self._shards, tuple(labels), np.cumsum([sum(of) for of in sizes]))
         self._read: OrderedDict[int, pa.Table] = OrderedDict()
+        self._read_outlined: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -64,16 +66,19 @@ class StreamedRows:
     def __getitem__(self, index: int) -> object:
         """Reads one row, and with it its row group if it was not among the last; see `Rows`."""
         group, offset = self._locate(index)
-        table = self._read.pop(group, None)
-        self._read[group] = self._table(group, self._columns) if table is None else table
-        while len(self._read) > SHUFFLED_GROUPS:
-            self._read.popitem(last=False)
-        return self._read[group].slice(offset, 1).to_pylist()[0]
+        return self._kept(self._read, group, self._columns).slice(offset, 1).to_pylist()[0]
 
     def outlines(self, indices: range) -> Iterator[object]:
-        """Yields rows whose images are empty bytes, which are not read, nor whether there are any; see `Rows`."""
+        """Yields rows whose images are empty bytes, which are not read, nor whether there are any; see `Rows`.
+
+        In the place of each row of a group that cannot be read comes a RowError.
+        """
         for group, members in groupby(indices, key=lambda index: self._locate(index)[0]):
-            table = self._table(group, self._outlined)
+            try:
+                table = self._kept(self._read_outlined, group, self._outlined)
+            except OSError as error:
+                yield from (RowError(f"cannot be read: {error}") for _ in members)
+                continue
             for index in members:
                 row = table.slice(self._locate(index)[1], 1).to_pylist()[0]
                 row = {name: _with_bytes(value) if name in self._unread else value for name, value in row.items()}
@@ -89,19 +94,28 @@ class StreamedRows:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves out the row groups that were read."""
-        return {**self.__dict__, "_read": OrderedDict()}
+        return {**self.__dict__, "_read": OrderedDict(), "_read_outlined": OrderedDict()}
 
     def _locate(self, index: int) -> tuple[int, int]:
         """Returns the group of a row, and its number in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
 
+    def _kept(self, kept: OrderedDict[int, pa.Table], group: int, columns: Sequence[str]) -> pa.Table:
+        """Returns a group from among those that were read last, where it is put if it is not there."""
+        table = kept.pop(group, None)
+        kept[group] = self._table(group, columns) if table is None else table
+        while len(kept) > SHUFFLED_GROUPS:
+            kept.popitem(last=False)
+        return kept[group]
+
     def _table(self, group: int, columns: Sequence[str]) -> pa.Table:
+        """Reads a group; raises OSError, which names group and file."""
         shard, number = self._groups[group]
         try:
             with pq.ParquetFile(self._shards[shard]) as file:
                 return file.read_row_group(number, columns=list(columns), use_threads=False)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
             raise OSError(f"row group {number} of {self._shards[shard]}: {error}") from error
 
 

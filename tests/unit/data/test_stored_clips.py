@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import pickle
@@ -123,6 +124,19 @@ def test_a_damaged_clip_names_sample_and_field(kind: Open, key: str, video: byte
     for load in (source.__getitem__, source.outline):
         with pytest.raises(UnreadableSampleError, match=rf"{key}: not a video in a known format, or damaged"):
             load(0)
+
+
+@pytest.mark.parametrize("method", ["__getitem__", "outline"])
+def test_a_clip_that_the_disk_does_not_give_names_sample_and_field(
+    method: str, video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: webdataset.ShardRows, index: int, member: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    source = captions(tmp_path, video)
+    monkeypatch.setattr(webdataset.ShardRows, "_bytes", fails)
+    with pytest.raises(UnreadableSampleError, match=r"^00000\.tar:0: videos: cannot be read: .*Input/output error"):
+        getattr(source, method)(0)
 
 
 def test_a_clip_that_fills_the_memory_is_refused(video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

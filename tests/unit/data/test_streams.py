@@ -100,6 +100,60 @@ def test_outlines_read_no_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not [name for name in asked if name.endswith("bytes") or name == "images"]
 
 
+def test_single_outlines_read_a_group_once_while_it_is_among_the_last(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths, ledgers and gates ask for one outline after the other."""
+    rows = streamed(folder)
+    groups: list[int] = []
+    original = StreamedRows._table
+
+    def table(self: StreamedRows, group: int, columns: list[str]) -> pa.Table:
+        groups.append(group)
+        return original(self, group, columns)
+
+    monkeypatch.setattr(StreamedRows, "_table", table)
+    for index in TrainingOrder(len(rows), 5, 21, rows.groups).indices(1):
+        assert list(rows.outlines(range(index, index + 1)))
+    assert sorted(groups) == list(range(len(rows.groups.sizes)))
+    assert len(rows._read_outlined) == SHUFFLED_GROUPS
+    assert not rows._read, "no image was read"
+    assert pickle.loads(pickle.dumps(rows))._read_outlined == {}, "workers begin with none"
+
+
+def damage(shard: Path, group: int) -> None:
+    """Overwrites the pages of a row group; the footer stays whole."""
+    columns = pq.read_metadata(shard).row_group(group)
+    data = bytearray(shard.read_bytes())
+    for column in (columns.column(number) for number in range(columns.num_columns)):
+        first = column.dictionary_page_offset or column.data_page_offset
+        data[first : first + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    shard.write_bytes(data)
+
+
+def test_a_damaged_group_is_named_for_each_of_its_rows_and_for_no_other(folder: Path) -> None:
+    source = read(folder)
+    damage(folder / "a.parquet", 1)
+    found = list(source.check())
+    assert [finding.index for finding in found] == [3, 4, 5]
+    for finding in found:
+        (problem,) = finding.problems
+        assert f"a.parquet[{finding.index}]: cannot be read: row group 1 of {folder}/a.parquet: " in str(problem)
+    for load in (source.__getitem__, source.outline):
+        with pytest.raises(UnreadableSampleError, match=rf"row group 1 of {folder}/a\.parquet: "):
+            load(4)
+        assert load(6).messages
+
+
+def test_a_shard_that_has_gone_missing_is_named(folder: Path) -> None:
+    source = read(folder)
+    (folder / "b.parquet").unlink()
+    assert [finding.index for finding in source.check()] == list(range(13, 21))
+    for load in (source.__getitem__, source.outline):
+        with pytest.raises(UnreadableSampleError, match=rf"row group 1 of {folder}/b\.parquet: "):
+            load(20)
+
+
 def test_in_an_epoch_of_training_each_group_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = streamed(folder)
     groups: list[int] = []

@@ -246,6 +246,18 @@ def test_a_damaged_header_between_members_is_no_end(tmp_path: Path) -> None:
         read(path)
 
 
+def test_a_shard_that_has_gone_missing_is_named(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", samples(0, 3))
+    source = read(path)
+    path.unlink()
+    (finding,) = source.check()
+    assert finding.index is None
+    assert f"{path}: cannot be read: " in str(finding.problems[0])
+    for load in (source.__getitem__, source.outline):
+        with pytest.raises(UnreadableSampleError, match=rf"a\.tar:000000002: cannot be read: .*{path}"):
+            load(2)
+
+
 @pytest.mark.parametrize("content", [b"", b"no tar at all", b"\0" * 10240])
 def test_what_is_no_shard_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.tar"
