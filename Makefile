@@ -35,10 +35,10 @@ train: install ## Build a tiny model and train it through every stage on this ma
 	$(BIN)/theworld-train run configs/pipelines/quickstart.yaml
 
 test: install ## Run the fast tests
-	$(BIN)/pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-full: install ## Run all tests, the slow ones too
-	$(BIN)/pytest -n $(JOBS) $(PYTEST_ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 bench: install ## Measure the step, the data pipeline and several processes on this machine
 	$(BIN)/python benchmarks/$(if $(shell command -v nvidia-smi),gpu,step).py
