@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from theworld_train.config.schema import RunConfig
@@ -14,6 +15,7 @@ from theworld_train.data import open_source
 STEPS = 100
 
 
+@pytest.mark.slow  # a minute and a half; `test_quickstart` trains every stage in the fast set
 def test_projection_stage_on_a_probe_batch(
     quickstart_stage: Callable[..., RunConfig], assembled: Callable[[RunConfig], Any], tmp_path: Path
 ):
