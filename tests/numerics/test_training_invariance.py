@@ -267,7 +267,7 @@ def launch(
     "strategy",
     [
         "ddp",
-        "fsdp2",
+        pytest.param("fsdp2", marks=pytest.mark.slow),  # four minutes on 2 cores, as `ddp`, which stays in the fast set
         pytest.param("zero3", marks=pytest.mark.slow),
         pytest.param("zero1", marks=pytest.mark.slow),
         pytest.param("zero2", marks=pytest.mark.slow),
